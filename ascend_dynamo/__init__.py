@@ -1,0 +1,1 @@
+"""Ascend Dynamo: a graph compiler for LLM inference on Ascend NPUs, built on ``torch.compile``."""
