@@ -1,0 +1,191 @@
+"""Every private torch API that Ascend Dynamo touches, behind a name of our own. Tested on torch 2.13; 2.11 to 2.14."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ascend_dynamo.errors import UnsupportedTorchError
+
+OLDEST, NEWEST = (2, 11), (2, 14)
+
+
+def check_torch_version(version: str = torch.__version__) -> None:
+    """Refuse a torch that is too old.
+
+    Raises:
+        UnsupportedTorchError: torch is older than 2.11; the message says what to install.
+    """
+    major, minor = (int(part) for part in version.split("+")[0].split(".")[:2])
+    if (major, minor) < OLDEST:
+        raise UnsupportedTorchError(
+            f"ascend_dynamo needs torch {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, found {version}: "
+            "pip install 'torch==2.13.0' (or another release in that range)"
+        )
+
+
+def detect_fake_mode(values: Any) -> Any:
+    """The FakeTensorMode of the first fake tensor in ``values``, or None."""
+    from torch._dynamo.utils import detect_fake_mode as detect
+
+    return detect(values)
+
+
+def known(relation: Any) -> bool:
+    """True if a bool or SymBool is statically known to be true. Never adds a guard."""
+    if isinstance(relation, bool):
+        return relation
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(relation)
+
+
+def guard_count(fake_mode: Any) -> int:
+    """How many guards the shape environment holds; passes must not change it."""
+    env = getattr(fake_mode, "shape_env", None)
+    return 0 if env is None else len(env.guards)
+
+
+def aot_compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    decompositions: dict[Any, Any] | None = None,
+) -> Callable[..., Any]:
+    """AOTAutograd around ``compiler`` for inference: functional graph, input mutations kept as a copy_ epilogue."""
+    import torch._functorch.config as functorch_config
+    from torch._dynamo.backends.common import aot_autograd
+
+    with functorch_config.patch(enable_autograd_cache=False, unlift_effect_tokens=True):
+        return aot_autograd(
+            fw_compiler=compiler,
+            inference_compiler=compiler,
+            decompositions=decompositions or {},
+            keep_inference_input_mutations=True,
+        )(gm, example_inputs)
+
+
+def static_input_indices() -> tuple[int, ...]:
+    """Which inputs of the graph under compilation are parameters, buffers or marked static (else empty)."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fw_metadata is None:
+        return ()
+    return tuple(context.fw_metadata.static_input_indices)
+
+
+def storage_use_count(tensor: torch.Tensor) -> int:
+    """How many tensors and Python wrappers hold the storage of ``tensor``, this call's own wrapper not counted."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """The in-place version counter; -1 for inference tensors, which have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def inductor_decompositions() -> dict[Any, Any]:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def retrace(
+    gm: fx.GraphModule,
+    interpreter: Callable[[fx.GraphModule], fx.Interpreter],
+    values: Sequence[Any],
+    decompositions: dict[Any, Any],
+) -> fx.GraphModule:
+    """Trace ``gm`` again through an interpreter and a decomposition table, keeping each node's provenance."""
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.traceback import preserve_node_meta
+
+    mode = detect_fake_mode(values)
+    with mode or contextlib.nullcontext(), enable_python_dispatcher(), preserve_node_meta(), torch.no_grad():
+        return make_fx(
+            interpreter(gm).run,
+            decomposition_table=decompositions,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*values)
+
+
+def inductor_compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], static_inputs: Sequence[int]
+) -> Callable[[list[Any]], list[Any]]:
+    """Inductor's joint passes and inner compiler on an inference graph; returns a boxed callable.
+
+    Inductor's own pattern matcher stays off in the joint passes: its attention patterns are unsound (softmax over
+    another dim, alpha, masks that are not 0/1) and ours have run already. Random ops follow eager's generator.
+    """
+    import torch._inductor.config as inductor_config
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    values = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
+    fake_mode = detect_fake_mode([*values, *example_inputs]) or torch._subclasses.FakeTensorMode(
+        allow_non_fake_inputs=True
+    )
+    with V.set_fake_mode(fake_mode), inductor_config.patch(fallback_random=True):
+        with inductor_config.patch(pattern_matcher=False):
+            gm = _recursive_joint_graph_passes(gm)
+        output = next(iter(gm.graph.find_nodes(op="output")))
+        outputs = output.args[0] if isinstance(output.args[0], (list, tuple)) else output.args
+        output.meta["user_visible_output_idxs"] = [i for i, o in enumerate(outputs) if isinstance(o, fx.Node)]
+        return compile_fx_inner(gm, example_inputs, static_input_idxs=tuple(static_inputs), is_inference=True)
+
+
+def inductor_compile_training(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Stock Inductor, for graphs that need gradients: none of our capture or passes takes part."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs))
+
+
+def eager_training(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """AOTAutograd with gradients and no compiler (the reference target's training path)."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(gm, list(example_inputs))
+
+
+@contextlib.contextmanager
+def no_dispatch_modes() -> Iterator[None]:
+    """Leave every active dispatch mode, so that real tensors can be computed during compilation."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
+def is_fake(value: Any) -> bool:
+    from torch._subclasses import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def trace_functional(fn: Callable[..., Any], fakes: Sequence[Any], mode: Any) -> fx.GraphModule:
+    """make_fx over fake tensors with no decompositions."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with mode, torch.no_grad():
+        return make_fx(fn, decomposition_table={}, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+
+
+def isolated_compile_kwargs() -> dict[str, Any]:
+    """Keyword arguments that give one ``torch.compile`` call Dynamo cache entries of its own (torch >= 2.13)."""
+    name = "isolate_recompiles"
+    return {name: True} if name in inspect.signature(torch.compile).parameters else {}
+
+
+def graph_break_reasons() -> Counter[str]:
+    """Why Dynamo has cut graphs so far in this process, with counts."""
+    from torch._dynamo.utils import counters
+
+    return Counter(counters["graph_break"])
