@@ -129,7 +129,6 @@ def inductor_compile(
     from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
     from torch._inductor.virtualized import V
 
-    output = next(iter(gm.graph.find_nodes(op="output")))
     values = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
     fake_mode = detect_fake_mode([*values, *example_inputs]) or torch._subclasses.FakeTensorMode(
         allow_non_fake_inputs=True
