@@ -1,0 +1,1 @@
+"""What is kept between calls and runs: gears (shape buckets) and cache keys."""
