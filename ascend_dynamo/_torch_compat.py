@@ -180,7 +180,7 @@ def trace_functional(fn: Callable[..., Any], fakes: Sequence[Any], mode: Any) ->
 
 
 def isolated_compile_kwargs() -> dict[str, Any]:
-    """Keyword arguments that give one ``torch.compile`` call Dynamo cache entries of its own (torch >= 2.13)."""
+    """Arguments that give one ``torch.compile`` call Dynamo cache entries of its own (torch >= 2.13)."""
     name = "isolate_recompiles"
     return {name: True} if name in inspect.signature(torch.compile).parameters else {}
 
@@ -190,3 +190,44 @@ def graph_break_reasons() -> Counter[str]:
     from torch._dynamo.utils import counters
 
     return Counter(counters["graph_break"])
+
+
+def sym_expr(value: Any) -> Any:
+    """The sympy expression of a SymInt or SymBool (with the replacements known so far); other values unchanged."""
+    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)) else value
+
+
+def shape_env_of(value: Any) -> Any:
+    """The shape environment behind a symbolic value, a fake tensor or a fake mode, or None."""
+    if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
+        return value.node.shape_env
+    mode = getattr(value, "fake_mode", value)
+    return getattr(mode, "shape_env", None)
+
+
+def known_sympy(relation: Any, shape_env: Any) -> bool:
+    """True if a sympy relation is statically known to be true in ``shape_env``. Never adds a guard."""
+    if shape_env is None:
+        return bool(relation == True)  # noqa: E712  (sympy's BooleanTrue is not True)
+    return bool(shape_env._maybe_evaluate_static(relation) == True)  # noqa: E712
+
+
+def no_new_guards(shape_env: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, an operation that would add a guard raises instead, and the shape environment stays as it was."""
+    return contextlib.nullcontext() if shape_env is None else shape_env.error_on_new_guards()
+
+
+def sympy_functions() -> dict[str, Any]:
+    """Torch's own sympy functions by name: FloorDiv, Mod, PythonMod, CleanDiv, Max, Min, ..."""
+    from torch.utils._sympy import functions
+
+    names = ("FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv", "Mod", "PythonMod", "ModularIndexing", "Max", "Min")
+    return {name: getattr(functions, name) for name in names}
+
+
+def size_hint(size: Any) -> int:
+    """A plausible value of a size for heuristics; never adds a guard."""
+    if isinstance(size, int):
+        return size
+    node = size.node
+    return int(node.hint) if node.has_hint() else 1 << 20

@@ -51,9 +51,7 @@ def align(before: str, after: str) -> list[Row]:
     return rows
 
 
-def _matched(
-    a: Sequence[str], b: Sequence[str], alo: int, ahi: int, blo: int, bhi: int
-) -> Iterator[tuple[int, int]]:
+def _matched(a: Sequence[str], b: Sequence[str], alo: int, ahi: int, blo: int, bhi: int) -> Iterator[tuple[int, int]]:
     while alo < ahi and blo < bhi and a[alo] == b[blo]:
         yield alo, blo
         alo, blo = alo + 1, blo + 1
@@ -77,9 +75,7 @@ def _matched(
         yield ahi + k, bhi + k
 
 
-def _anchors(
-    a: Sequence[str], b: Sequence[str], alo: int, ahi: int, blo: int, bhi: int
-) -> list[tuple[int, int]]:
+def _anchors(a: Sequence[str], b: Sequence[str], alo: int, ahi: int, blo: int, bhi: int) -> list[tuple[int, int]]:
     """Pairs of lines unique on both sides, thinned to the longest run that keeps the order of both."""
     count_a, count_b = Counter(a[alo:ahi]), Counter(b[blo:bhi])
     where = {b[j]: j for j in range(blo, bhi) if count_b[b[j]] == 1}

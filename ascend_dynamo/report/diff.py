@@ -30,9 +30,7 @@ def unified(before: str, after: str, *, context: int = 3, colour: bool = False) 
     return "\n".join(lines)
 
 
-def side_by_side(
-    before: str, after: str, *, context: int = 3, width: int = 160, colour: bool = False
-) -> str:
+def side_by_side(before: str, after: str, *, context: int = 3, width: int = 160, colour: bool = False) -> str:
     """Two columns within ``width`` characters: removed lines stand beside the added ones that replace them."""
     half = max(20, (width - 3) // 2)
     lines: list[str] = []

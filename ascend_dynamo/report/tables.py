@@ -1,0 +1,103 @@
+"""The tables of a report, as plain rows: one source for the text and the HTML form."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from ascend_dynamo.report.records import CompileRecord
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; ``note`` is one sentence above it."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def where(src: tuple[str, int] | None, *, root: str | None = None) -> str:
+    """``file:line``, relative to the working directory if the file is below it."""
+    if src is None:
+        return "?"
+    path = src[0]
+    base = os.getcwd() if root is None else root
+    if path.startswith(base + os.sep):
+        path = path[len(base) + 1 :]
+    elif "site-packages" + os.sep in path:
+        path = path.split("site-packages" + os.sep)[-1]
+    return f"{path}:{src[1]}"
+
+
+def fired(r: CompileRecord) -> Table:
+    """One row per pattern and user's line, the most frequent first."""
+    count: Counter[tuple[str, str, str]] = Counter()
+    replaced: Counter[tuple[str, str, str]] = Counter()
+    assumes: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for f in r.fired:
+        key = (f.pattern, where(f.src), f.region)
+        count[key] += 1
+        replaced[key] += f.replaced
+        assumes[key].update(f.assumes)
+    rows = [
+        (key[0], str(n), str(replaced[key]), key[1], key[2], "; ".join(sorted(assumes[key])))
+        for key, n in sorted(count.items(), key=lambda kv: (kv[0][0], -kv[1], kv[0][1]))
+    ]
+    head = ("pattern", "times", "nodes replaced", "where", "region", "proven")
+    return _without_empty_columns(Table("Fired", head, tuple(rows)))
+
+
+def missed(r: CompileRecord, limit: int | None = None) -> Table:
+    """Near misses, nearest first; the same miss in every layer is one row. ``limit`` keeps the first rows."""
+    count: Counter[tuple[str, str, str, str]] = Counter()
+    progress: dict[tuple[str, str, str, str], float] = {}
+    for m in r.missed:
+        key = (m.pattern, m.reason, where(m.src), m.fix)
+        count[key] += 1
+        progress[key] = max(m.progress, progress.get(key, 0.0))
+    order = sorted(count, key=lambda k: (-progress[k], -count[k], k))
+    rows = [(k[0], f"{progress[k]:.0%}", str(count[k]), k[2], k[1], k[3]) for k in order]
+    note = ""
+    if limit is not None and len(rows) > limit:
+        note = f"The nearest {limit} of {len(rows)}; the HTML and JSON reports have all."
+        rows = rows[:limit]
+    head = ("pattern", "matched", "times", "where", "what stopped it", "what it would take")
+    return _without_empty_columns(Table("Near misses", head, tuple(rows), note))
+
+
+def quarantined(r: CompileRecord) -> Table:
+    rows = tuple((q.pattern, q.site, q.error) for q in r.quarantined)
+    return Table("Quarantined", ("pattern", "site", "error"), rows, "These failed and were left out.")
+
+
+def lowered(r: CompileRecord) -> Table:
+    """One row per operator, path and reason."""
+    count = Counter((d.op, d.path, d.reason) for d in r.lowered)
+    rows = [(op, path, str(n), reason) for (op, path, reason), n in sorted(count.items())]
+    return Table("Lowering", ("operator", "path", "times", "reason"), tuple(rows))
+
+
+def seconds(r: CompileRecord) -> Table:
+    """Time per pass in milliseconds, in the order in which they ran, with the share of the sum."""
+    total = sum(r.seconds.values()) or 1.0
+    rows = tuple((name, f"{s * 1e3:.1f}", f"{s / total:.0%}") for name, s in r.seconds.items())
+    return Table("Time per pass", ("pass", "ms", "share"), rows)
+
+
+def tables(r: CompileRecord, *, miss_limit: int | None = None) -> list[Table]:
+    """All tables of one graph that have something to say."""
+    found = [fired(r), missed(r, miss_limit), quarantined(r), lowered(r), seconds(r)]
+    return [t for t in found if t.rows]
+
+
+def _without_empty_columns(t: Table) -> Table:
+    keep = [i for i in range(len(t.head)) if any(row[i] for row in t.rows)]
+    return Table(
+        t.title,
+        tuple(t.head[i] for i in keep),
+        tuple(tuple(row[i] for i in keep) for row in t.rows),
+        t.note,
+    )
