@@ -214,7 +214,8 @@ def known_sympy(relation: Any, shape_env: Any) -> bool:
 
 def no_new_guards(shape_env: Any) -> contextlib.AbstractContextManager[None]:
     """Inside, an operation that would add a guard raises instead, and the shape environment stays as it was."""
-    return contextlib.nullcontext() if shape_env is None else shape_env.error_on_new_guards()
+    enter = getattr(shape_env, "error_on_new_guards", contextlib.nullcontext)
+    return enter()
 
 
 def sympy_functions() -> dict[str, Any]:
@@ -231,3 +232,46 @@ def size_hint(size: Any) -> int:
         return size
     node = size.node
     return int(node.hint) if node.has_hint() else 1 << 20
+
+
+def redispatch_below_autograd(op: Any, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call the next kernel of ``op`` after autograd; for Autograd kernels registered with ``with_keyset=True``."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+
+def never_compile_frame(fn: Callable[..., Any]) -> None:
+    """Run by eager code, ``fn`` stays eager; inlined into a function that Dynamo traces, it is traced as usual."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(fn.__code__)
+
+
+def is_subclass(tensor: Any) -> bool:
+    """True for DTensor, quantised and other wrapper subclasses, which AOTAutograd takes apart."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def is_restart(error: BaseException) -> bool:
+    """True for the exceptions by which AOTAutograd asks Dynamo to trace again; they must reach Dynamo."""
+    from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
+
+    return isinstance(error, (RestartAnalysis, TensorifyScalarRestartAnalysis))
+
+
+def plain_inference(gm: fx.GraphModule, example_inputs: Sequence[Any], *, eager: bool) -> Callable[..., Any]:
+    """Compile an inference graph without any of our passes: by Inductor's inner compiler, or run op by op."""
+
+    def compiler(captured: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if not eager:
+            return inductor_compile(captured, inputs, static_input_indices())
+
+        def run(args: list[Any]) -> Any:
+            return captured(*args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return aot_compile(gm, example_inputs, compiler, None if eager else inductor_decompositions())

@@ -8,7 +8,8 @@ A twin has no derivative, so graphs that need gradients never come here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -125,11 +126,24 @@ _AUTOCAST = {_twin.linear, _twin.matmul, _twin.sdpa}
 class KeepComposites(TorchFunctionMode):
     """While active, composites are traced as single calls."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._active = True
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Composites decompose as usual inside this block (the mode itself cannot be left from a callback)."""
+        self._active = False
+        try:
+            yield
+        finally:
+            self._active = True
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        keep = _KEEP.get(func)
+        keep = _KEEP.get(func) if self._active else None
         if keep is None or "out" in kwargs:
             return func(*args, **kwargs)
         kept = keep(*args, **kwargs)
@@ -203,8 +217,6 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], *, fake_mode: Any = None)
             out = fn(*full)
         return tuple(out) if isinstance(out, (tuple, list)) else (out,)
 
-    fakes = [
-        args[i] if compat.is_fake(args[i]) else mode.from_tensor(args[i], static_shapes=True) for i in tensors
-    ]
+    fakes = [args[i] if compat.is_fake(args[i]) else mode.from_tensor(args[i], static_shapes=True) for i in tensors]
     gm = compat.trace_functional(functionalize(positional), fakes, mode)
     return make_unit(gm)

@@ -81,6 +81,10 @@ class Facts(Protocol):
         """True for a placeholder that is a parameter or a buffer of the model (a static input)."""
         ...
 
+    def why_not_mergeable(self, params: tuple[fx.Node, ...]) -> str:
+        """Why these parameters must not be stored as slices of one tensor; "" if they may."""
+        ...
+
     def may_alias(self, a: fx.Node, b: fx.Node) -> bool: ...
 
     def effects_between(self, a: fx.Node, b: fx.Node) -> tuple[fx.Node, ...]:
@@ -159,6 +163,8 @@ class GraphUnit:
     ``gm`` is the main graph; ``prologue`` maps parameters to the derived tensors that ``gm`` takes as extra trailing
     placeholders; ``params`` names the placeholders that are parameters or buffers; ``mutated`` the indices of inputs
     that the graph writes; ``out_strides`` the strides promised for each graph output (None: not a tensor).
+    ``weights`` holds the live tensors behind ``params``, for questions of identity and memory only: their values are
+    never read while compiling.
     """
 
     gm: fx.GraphModule
@@ -166,6 +172,7 @@ class GraphUnit:
     params: tuple[str, ...] = ()
     mutated: frozenset[int] = frozenset()
     out_strides: tuple[Any, ...] = ()
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,13 @@ class CacheKey:
 class CompiledArtifact(Protocol):
     """A compiled graph without weights."""
 
-    def bind(self, params: Iterable[torch.Tensor]) -> Callable[[list[Any]], list[Any]]: ...
+    def bind(self, params: Iterable[torch.Tensor]) -> Callable[[list[Any]], list[Any]]:
+        """A boxed callable over all graph inputs; ``params`` (may be empty) are prepared ahead of the first call."""
+        ...
+
+
+class SerializableArtifact(CompiledArtifact, Protocol):
+    """An artifact that the compile cache can store."""
 
     def to_bytes(self) -> bytes: ...
 
@@ -213,6 +226,8 @@ class Lowering(Protocol):
 
     target: str
     version: str
+    ops: frozenset[Any]
+    """The ops (dialect or ATen) that this target may lower to kernels of its own; only these are asked about."""
 
     def supports(self, op: Any, n: fx.Node, facts: Facts) -> NoMatch | None:
         """None if this target has a kernel for the node, else the reason."""
@@ -224,4 +239,4 @@ class Lowering(Protocol):
 
     def lower(self, n: fx.Node, b: Builder) -> tuple[fx.Node, ...]: ...
 
-    def compile(self, g: GraphUnit, key: CacheKey) -> CompiledArtifact: ...
+    def compile(self, g: GraphUnit, key: CacheKey | None = None) -> CompiledArtifact: ...

@@ -1,0 +1,100 @@
+"""The pipeline of one captured graph: normalize, fuse, lower, verify."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ascend_dynamo.contracts import GraphUnit, Lowering, Pass, PassResult
+from ascend_dynamo.ir.builder import GraphBuilder
+from ascend_dynamo.ir.facts import GraphFacts
+from ascend_dynamo.ir.verify import Promise, verify
+from ascend_dynamo.match import Registry, run_patterns
+from ascend_dynamo.normalize import normalize
+from ascend_dynamo.options import Options
+from ascend_dynamo.passes.manager import run_passes
+from ascend_dynamo.report.records import CompileRecord, Lowered
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Captured ATen ─► the normal form."""
+
+    name: str = "normalize"
+    before: frozenset[str] = frozenset({"fuse"})
+    after: frozenset[str] = frozenset()
+
+    def run(self, g: GraphUnit, options: Options) -> PassResult:
+        return normalize(g)
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """ATen ─► dialect ─► dialect, by patterns."""
+
+    registry: Registry
+    record: CompileRecord
+    name: str = "fuse"
+    before: frozenset[str] = frozenset({"lower"})
+    after: frozenset[str] = frozenset({"normalize"})
+
+    def run(self, g: GraphUnit, options: Options) -> PassResult:
+        return run_patterns(g, self.registry, options, self.record)
+
+
+@dataclass(frozen=True)
+class Lower:
+    """Each op that the target has a kernel for: the kernel where it is supported and cheaper, else its reference."""
+
+    lowering: Lowering
+    record: CompileRecord
+    name: str = "lower"
+    before: frozenset[str] = frozenset()
+    after: frozenset[str] = frozenset({"fuse"})
+
+    def run(self, g: GraphUnit, options: Options) -> PassResult:
+        facts = GraphFacts(g.gm, g.params)
+        lowered = 0
+        for node in list(g.gm.graph.nodes):
+            if node.op == "call_function" and node.target in self.lowering.ops:
+                reason = self.lowering.supports(node.target, node, facts)
+                if reason is None and (cost := self.lowering.cost(node.target, node, facts)) >= 0.0:
+                    self._note(node, "reference", f"the kernel would cost {1e6 * cost:.1f} us more")
+                elif reason is None:
+                    self._replace(node, GraphBuilder(g, facts, node, node))
+                    self._note(node, "kernel")
+                    lowered += 1
+                else:
+                    self._note(node, "reference", str(reason))
+        return PassResult(lowered > 0)
+
+    def _note(self, node, path: str, reason: str = "") -> None:  # type: ignore[no-untyped-def]
+        self.record.lowered.append(Lowered(str(node.target), node.name, path, reason))
+
+    def _replace(self, node, b: GraphBuilder) -> None:  # type: ignore[no-untyped-def]
+        (new,) = self.lowering.lower(node, b)
+        node.replace_all_uses_with(new)
+        node.graph.erase_node(node)
+
+
+@dataclass
+class Pipeline:
+    """What one backend runs on every captured graph."""
+
+    registry: Registry
+    lowering: Lowering
+    options: Options
+    extra: tuple[Pass, ...] = field(default=())
+
+    def run(self, unit: GraphUnit, record: CompileRecord) -> None:
+        """Transform ``unit`` in place.
+
+        Raises:
+            VerifyError: the graph that came out does not keep the promises of the one that went in.
+        """
+        promise = Promise.of(unit)
+        passes: list[Pass] = [Normalize()]
+        if self.options.level > 0:
+            passes.append(Fuse(self.registry, record))
+        passes += [*self.extra, Lower(self.lowering, record)]
+        run_passes(passes, unit, self.options, record)
+        verify(unit, promise)

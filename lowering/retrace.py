@@ -1,0 +1,83 @@
+"""Back from value semantics to exact strides, and from dialect ops to what a target compiler knows.
+
+``retrace`` runs a graph in normal form through an interpreter that (a) replaces dialect ops by their ATen references
+(those that a target keeps are already its own ops), (b) gives opaque ops and graph outputs the strides that the
+captured graph had, and (c) applies a decomposition table. The result has exact fake values again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ascend_dynamo import _torch_compat as compat
+from ascend_dynamo.contracts import GraphUnit
+
+_aten = torch.ops.aten
+
+
+class _RestoreStrides(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, references: Mapping[Any, Any], out_strides: Sequence[Any]) -> None:
+        super().__init__(gm)
+        self.references = references
+        self.out_strides = out_strides
+
+    def run_node(self, n: fx.Node) -> Any:
+        with torch.fx.traceback.set_current_meta(n):
+            promised = n.meta.get("promised_strides")
+            if promised is None or n.op != "call_function":
+                return super().run_node(n)
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            tensors = iter(promised)
+            leaves = [
+                restride(leaf, next(tensors, None)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+            ]
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            return self.call_function(n.target, args, kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(self.references.get(target, target), args, kwargs)
+
+    def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, spec = pytree.tree_flatten(args[0])
+        promised = self.out_strides or (None,) * len(leaves)
+        leaves = [restride(v, s) for v, s in zip(leaves, promised, strict=True)]
+        return pytree.tree_unflatten(leaves, spec)
+
+
+def restride(x: Any, strides: Sequence[Any] | None) -> Any:
+    """``x`` with the promised strides, copied only if they differ on an axis where a stride means something."""
+    if strides is None or not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        return x
+    matters = [d for d in range(x.ndim) if not compat.known(x.shape[d] == 1)]
+    if compat.known(x.numel() == 0) or all(compat.known(x.stride(d) == strides[d]) for d in matters):
+        return x
+    order = sorted(matters, key=lambda d: (-_hint(strides[d]), d))
+    order = [d for d in range(x.ndim) if d not in matters] + order
+    dense, expected = True, 1
+    for d in reversed(order):
+        if d in matters:
+            dense = dense and compat.known(strides[d] == expected)
+            expected = expected * x.shape[d]
+    if dense:
+        inverse = [order.index(d) for d in range(x.ndim)]
+        return x.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
+    span = 1 + sum((x.shape[d] - 1) * strides[d] for d in range(x.ndim))
+    base = torch.zeros([span], dtype=x.dtype, device=x.device)
+    return torch.as_strided_scatter(base, x, x.shape, strides, 0).as_strided(x.shape, strides, 0)
+
+
+def _hint(stride: Any) -> int:
+    """An ordering key for a stride; symbolic ones order by their hint, which only chooses an order to try."""
+    return compat.size_hint(stride)
+
+
+def retrace(unit: GraphUnit, references: Mapping[Any, Any], decompositions: dict[Any, Any]) -> fx.GraphModule:
+    """Trace ``unit.gm`` with ``references`` in place of dialect ops and ``decompositions`` applied."""
+    values = [n.meta["val"] for n in unit.gm.graph.find_nodes(op="placeholder")]
+    return compat.retrace(unit.gm, lambda gm: _RestoreStrides(gm, references, unit.out_strides), values, decompositions)
