@@ -132,11 +132,11 @@ class _Compilation:
         record = self.record
         record.nodes_before = _calls(unit)
         if self.texts:
-            record.before = graph_text(unit.gm)
+            record.before = graph_text(unit)
         self.pipeline.run(unit, record)
         record.nodes_after = _calls(unit)
         if self.texts:
-            record.after = graph_text(unit.gm)
+            record.after = graph_text(unit)
         start = time.perf_counter()
         artifact = self.pipeline.lowering.compile(unit)
         record.seconds["compile"] = time.perf_counter() - start

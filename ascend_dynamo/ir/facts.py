@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.ir import effects, layout, provenance, sym
 from ascend_dynamo.ir.fakes import FakeCache, fake_mode_of
+from ascend_dynamo.runtime.weights import why_not_mergeable
 
 _aten = torch.ops.aten
 PROLOGUE = "ascend_prologue"  # meta key of a placeholder computed by the prologue: (transform, names of its params)
@@ -22,8 +23,11 @@ class GraphFacts:
     Safe to keep while rewrites add and remove nodes: nothing that a rewrite can change is remembered.
     """
 
-    def __init__(self, gm: fx.GraphModule, params: Iterable[str] = ()) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, params: Iterable[str] = (), weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         self.gm = gm
+        self.weights = dict(weights or {})
         self.params = frozenset(params)
         self.fake_mode = fake_mode_of(gm)
         self.fakes = FakeCache(self.fake_mode)
@@ -65,6 +69,13 @@ class GraphFacts:
     def is_static(self, n: fx.Node) -> bool:
         """True for a parameter, a buffer, or a value that the prologue computes from them."""
         return self.is_param(n) or PROLOGUE in n.meta
+
+    def why_not_mergeable(self, params: tuple[fx.Node, ...]) -> str:
+        """Asks the live weights where there are any (a graph captured from a plain function has none)."""
+        if len(set(params)) < len(params):
+            return "the same weight is used twice"
+        live = [self.weights[p.name] for p in params if p.name in self.weights]
+        return why_not_mergeable(live) if len(live) == len(params) else ""
 
     def may_alias(self, a: fx.Node, b: fx.Node) -> bool:
         return bool(self._owners(a) & self._owners(b))

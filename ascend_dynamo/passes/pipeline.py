@@ -52,7 +52,7 @@ class Lower:
     after: frozenset[str] = frozenset({"fuse"})
 
     def run(self, g: GraphUnit, options: Options) -> PassResult:
-        facts = GraphFacts(g.gm, g.params)
+        facts = GraphFacts(g.gm, g.params, g.weights)
         lowered = 0
         for node in list(g.gm.graph.nodes):
             if node.op == "call_function" and node.target in self.lowering.ops:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.contracts import GraphUnit
-from ascend_dynamo.ir.transforms import TRANSFORMS, Transform
+from ascend_dynamo.ir.facts import PROLOGUE
+from ascend_dynamo.ir.transforms import Transform
+from ascend_dynamo.ir.transforms import transform as find_transform
 from ascend_dynamo.runtime.weights import merge, why_not_mergeable
 
 log = logging.getLogger("ascend_dynamo.runtime")
@@ -94,7 +95,8 @@ class Bound:
 
     def __call__(self, args: list[Any]) -> list[Any]:
         if self.extras:
-            args.extend([extra.get(args) for extra in self.extras])
+            for extra in self.extras:  # a later one may take an earlier one
+                args.append(extra.get(args))
         return self.inner(args)
 
 
@@ -118,9 +120,13 @@ class Artifact:
 
 
 def _recipe(unit: GraphUnit) -> Iterable[tuple[Transform, tuple[int, ...]]]:
-    position = {n.name: i for i, n in enumerate(unit.gm.graph.find_nodes(op="placeholder"))}
-    by_fn = {transform.fn: transform for transform in TRANSFORMS.values()}
+    """Each prologue value: its transform, and where its sources stand among captured and earlier derived inputs."""
+    placeholders = unit.gm.graph.find_nodes(op="placeholder")
+    position = {str(n.target): i for i, n in enumerate(placeholders)}
+    holders = [n for n in placeholders if PROLOGUE in n.meta]
     (output,) = unit.prologue.graph.find_nodes(op="output")
-    for node in output.args[0]:
-        assert isinstance(node, fx.Node)
-        yield by_fn[node.target], tuple(position[source.name] for source in node.args)
+    results: Any = output.args[0]
+    derived = {result: position[str(holder.target)] for holder, result in zip(holders, results, strict=True)}
+    for holder, result in zip(holders, results, strict=True):
+        sources = tuple(derived[n] if n in derived else position[str(n.target)] for n in result.args)
+        yield find_transform(holder.meta[PROLOGUE][0]), sources

@@ -9,6 +9,7 @@ from torch import fx
 from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.contracts import Builder, CacheKey, CompiledArtifact, Facts, GraphUnit, NoMatch
 from ascend_dynamo.dialect import SPECS
+from ascend_dynamo.ir.facts import PROLOGUE
 from ascend_dynamo.lowering.retrace import retrace
 from ascend_dynamo.runtime.prologue import Artifact
 
@@ -35,7 +36,6 @@ class CpuLowering:
     def compile(self, g: GraphUnit, key: CacheKey | None = None) -> CompiledArtifact:
         gm = retrace(g, {spec.overload: spec.reference for spec in SPECS.values()}, compat.inductor_decompositions())
         values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
-        names = [n.name for n in g.gm.graph.find_nodes(op="placeholder")]
-        derived = len(names) - len(g.prologue.graph.find_nodes(op="output")[0].args[0])
-        static = [i for i, name in enumerate(names) if name in g.params or i >= derived]
+        inputs = g.gm.graph.find_nodes(op="placeholder")
+        static = [i for i, n in enumerate(inputs) if n.name in g.params or PROLOGUE in n.meta]
         return Artifact(compat.inductor_compile(gm, values, static), g)
