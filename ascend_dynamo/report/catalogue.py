@@ -27,7 +27,7 @@ class Plugin:
 
 
 def plugins() -> list[Plugin]:
-    """Load every installed plugin, ours first. One that raises is reported in ``error``: it may be broken in any way."""
+    """Load every installed plugin, ours first; one that raises, whatever it is, is reported in ``error``."""
     found = []
     for entry in sorted(metadata.entry_points(group=GROUP), key=lambda e: (e.name != "builtin", e.name)):
         package = f"{entry.dist.metadata['Name']} {entry.dist.version}" if entry.dist else "unknown package"

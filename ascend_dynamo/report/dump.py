@@ -1,28 +1,47 @@
-"""``options={"dump": directory}``: one folder of plain files per compiled graph."""
+"""``options={"dump": dir}``: every compiled graph leaves a folder with its texts and its report."""
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
+from ascend_dynamo.report.diff import unified
+from ascend_dynamo.report.explain import Explanation
 from ascend_dynamo.report.records import CompileRecord
 
+log = logging.getLogger("ascend_dynamo.report")
 
-def dump_record(record: CompileRecord, directory: str) -> Path:
-    """Write ``before.txt``, ``after.txt`` and ``record.json`` into a new folder below ``directory``; returns it.
 
-    Folders are named by process and graph, so that several processes may share the directory.
+def dump_record(record: CompileRecord, directory: str | Path) -> Path:
+    """Write ``before.txt``, ``after.txt``, ``diff.txt``, ``record.json`` and ``report.html`` into a new folder.
+
+    The folder is ``<directory>/graph_0000`` or the next free number: several processes may share a directory.
+    Returns the folder. Raises OSError if it cannot be written.
     """
-    folder = Path(directory) / f"{os.getpid()}-graph{record.index}"
-    number = 0
-    while folder.exists():
-        number += 1
-        folder = Path(directory) / f"{os.getpid()}-graph{record.index}.{number}"
-    folder.mkdir(parents=True)
-    (folder / "before.txt").write_text(record.before + "\n")
-    (folder / "after.txt").write_text(record.after + "\n")
-    body = {k: v for k, v in asdict(record).items() if k not in ("before", "after")}
-    (folder / "record.json").write_text(json.dumps(body, indent=2) + "\n")
+    folder = _new_folder(Path(directory))
+    files = {
+        "before.txt": record.before,
+        "after.txt": record.after,
+        "diff.txt": unified(record.before, record.after),
+        "record.json": json.dumps(asdict(record), indent=2),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    Explanation(f"graph {record.index}", [record], seconds=sum(record.seconds.values())).html(folder / "report.html")
+    log.info("wrote %s", folder)
     return folder
+
+
+def _new_folder(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    number = sum(1 for _ in directory.glob("graph_*"))
+    while True:
+        folder = directory / f"graph_{number:04d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

@@ -85,9 +85,9 @@ def _versions() -> dict[str, str]:
 
 
 def _target(options: Options) -> str:
-    from ascend_dynamo.backend import choose_target
+    from ascend_dynamo.targets import load_lowering
 
-    return choose_target(options)
+    return load_lowering(options.target).target
 
 
 def _plugin(p: Plugin) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def explain(
     from ascend_dynamo.backend import Backend
 
     target = getattr(model, "_orig_mod", model)
-    backend = Backend({"cache": False, **(options or {})})
+    backend = Backend({"cache": False, **(options or {})}, texts=True)
     compiled = torch.compile(target, backend=backend, **_torch_compat.isolated_compile_kwargs())
     before = _torch_compat.graph_break_reasons()
     start = time.perf_counter()
