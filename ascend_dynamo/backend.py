@@ -21,6 +21,7 @@ from ascend_dynamo.log import Once
 from ascend_dynamo.match import load_registry
 from ascend_dynamo.options import Options
 from ascend_dynamo.passes.pipeline import Pipeline
+from ascend_dynamo.regions import mark as mark_regions
 from ascend_dynamo.report.dump import dump_record
 from ascend_dynamo.report.records import CompileRecord, Quarantined
 from ascend_dynamo.targets import load_lowering
@@ -68,6 +69,7 @@ class Backend:
                 and the graph is compiled without them.
         """
         resolved = Options.resolve(mode, {**self._given, **(options or {})})
+        mark_regions(gm)
         lowering = load_lowering(resolved.target)
         record = CompileRecord(index=next(self._index), target=lowering.target)
         compiled = self._compile(gm, example_inputs, resolved, lowering, record)
@@ -75,6 +77,10 @@ class Backend:
         if resolved.dump:
             dump_record(record, resolved.dump)
         return compiled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        """Itself: configurations that name a backend are copied (``generate`` does), what it recorded is not."""
+        return self
 
     def _compile(
         self,
