@@ -1,0 +1,69 @@
+"""Registration with torch.library: one Library holds every operator of the dialect for the life of the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ascend_dynamo._torch_compat import redispatch_below_autograd
+from ascend_dynamo.dialect.spec import NAMESPACE, OpSpec
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def define(spec: OpSpec) -> None:
+    """Register schema, eager kernel, fake, autocast and gradient of one operator."""
+    _LIBRARY.define(spec.name + spec.signature, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(spec.name, spec.kernel or spec.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(spec.qualname, spec.fake, lib=_LIBRARY)
+    for device, key in _AUTOCAST_KEYS.items():
+        _LIBRARY.impl(spec.name, _autocast_kernel(spec, device), key)
+    _LIBRARY.impl(spec.name, _autograd_kernel(spec), "Autograd", with_keyset=True)
+
+
+def _autocast_kernel(spec: OpSpec, device: str) -> Callable[..., Any]:
+    """Cast by the op's policy, then run with autocast off: what the reference computes must not depend on a region.
+
+    torch.library.register_autocast cannot do this: it takes no keyword arguments, and one dtype fixed in advance.
+    """
+
+    def cast(leaf: Any, dtype: torch.dtype) -> Any:
+        eligible = isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64
+        return leaf.to(dtype) if eligible and leaf.device.type == device else leaf
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        dtype = None
+        if spec.autocast == "lower":
+            dtype = torch.get_autocast_dtype(device)
+        elif spec.autocast == "cuda_fp32" and device == "cuda":
+            dtype = torch.float32
+        if dtype is not None:
+            args, kwargs = pytree.tree_map(lambda leaf: cast(leaf, dtype), (args, kwargs))
+        with torch.autocast(device, enabled=False):
+            return spec.overload(*args, **kwargs)
+
+    return kernel
+
+
+def _autograd_kernel(spec: OpSpec) -> Callable[..., Any]:
+    """Where a gradient is asked for, the op is its reference, which autograd differentiates; else it stays whole.
+
+    torch.library.register_autograd ignores keyword-only tensors (bias, sinks), which would lose their gradients.
+    """
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in (*args, *kwargs.values())
+        ):
+            if not spec.differentiable:
+                raise NotImplementedError(
+                    f"{spec.qualname} has no gradient; call it under torch.no_grad() or torch.inference_mode()"
+                )
+            return spec.reference(*args, **kwargs)
+        return redispatch_below_autograd(spec.overload, keyset, args, kwargs)
+
+    return kernel

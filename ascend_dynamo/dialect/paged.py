@@ -1,0 +1,311 @@
+"""The paged KV cache: kv_write and paged_attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascend_dynamo.dialect._attention_checks import attend_f64
+from ascend_dynamo.dialect.attention import flash_attention
+from ascend_dynamo.dialect.spec import Draw, OpSpec, Sample
+
+
+def write_slots(values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """cache[slot // block_size, slot % block_size] = values, padding slots (-1) left out, by static shapes only.
+
+    Padding tokens repeat the first real token's write, so that no two writes differ; if all are padding they write
+    what slot 0 holds already.
+    """
+    block_size = cache.shape[1]
+    real = slot_mapping >= 0
+    first = real.to(torch.int32).argmax().unsqueeze(0)
+    fallback_slot = slot_mapping[first].clamp(min=0)
+    held = cache[fallback_slot // block_size, fallback_slot % block_size]
+    trailing = [1] * (values.dim() - 1)
+    values = values.to(cache.dtype)
+    fallback = torch.where(real[first].view(1, *trailing), values[first], held)
+    slots = torch.where(real, slot_mapping, fallback_slot)
+    rows = torch.where(real.view(-1, *trailing), values, fallback)
+    cache.index_put_((slots // block_size, slots % block_size), rows)
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write one step's keys and values to their pages, in place.
+
+    k [T,Hk,D], v [T,Hk,Dv]; caches [blocks, block_size, Hk, D or Dv], any strides; slot_mapping [T] int64 on the caches'
+    device: block * block_size + offset, -1 for a padding token, which writes nothing. Slots of one call are distinct.
+    Values are cast to the caches' dtype. T >= 1.
+    """
+    write_slots(k, k_cache, slot_mapping)
+    write_slots(v, v_cache, slot_mapping)
+
+
+def _kv_write_eager(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    scatter_eager(((k, k_cache), (v, v_cache)), slot_mapping)
+
+
+def scatter_eager(pairs: tuple[tuple[Tensor, Tensor], ...], slot_mapping: Tensor) -> None:
+    """As write_slots for several caches, choosing the real tokens by value."""
+    real = torch.nonzero(slot_mapping >= 0).flatten()
+    slots = slot_mapping[real]
+    for values, cache in pairs:
+        size = cache.shape[1]
+        cache.index_put_((slots // size, slots % size), values[real].to(cache.dtype))
+
+
+def _kv_write_f64(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    write_f64(k, k_cache, slot_mapping)
+    write_f64(v, v_cache, slot_mapping)
+
+
+def write_f64(values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            block, offset = divmod(slot, cache.shape[1])
+            cache[block, offset].copy_(values[token])
+
+
+def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
+    """[blocks, size, *R] and [B, max_blocks] -> [B, max_blocks * size, *R]; unused table entries may hold anything < 0."""
+    return cache[block_table.clamp(min=0)].flatten(1, 2)
+
+
+def attend_packed(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Packed queries [T,Hq,D] against padded keys [B,S,Hk,D]: one attention over all B * S keys, masked by ownership."""
+    t, (b, s) = q.shape[0], keys.shape[:2]
+    token = torch.arange(t, device=q_start.device, dtype=q_start.dtype)
+    owner = torch.bucketize(token, q_start[1:], right=True)
+    sequence = owner.clamp(max=b - 1)
+    length, end = kv_len[sequence], q_start[1:][sequence]
+    last = (length - (end - token)).unsqueeze(-1)  # the token's own position in its sequence
+    j = torch.arange(s, device=q_start.device, dtype=q_start.dtype)
+    seen = (j < length.unsqueeze(-1)) & (owner < b).unsqueeze(-1)
+    if causal:
+        seen = seen & (j <= last)
+    if window >= 0:
+        seen = seen & (j > last - window)
+    mine = sequence.unsqueeze(-1) == torch.arange(b, device=q_start.device)
+    mask = (mine.unsqueeze(-1) & seen.unsqueeze(1)).flatten(1).to(q.device)
+    y = flash_attention(
+        q.transpose(0, 1).unsqueeze(0),
+        keys.flatten(0, 1).transpose(0, 1).unsqueeze(0),
+        values.flatten(0, 1).transpose(0, 1).unsqueeze(0),
+        mask=mask,
+        sinks=sinks,
+        scale=scale,
+        softcap=softcap,
+        empty_row="zero",
+    )
+    return y.squeeze(0).transpose(0, 1).contiguous()
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of packed queries over pages, prefill and decode alike.
+
+    q [T,Hq,D], all sequences one after the other; k_cache [blocks, block_size, Hk, D], v_cache likewise with Dv;
+    block_table [B, max_blocks] int32, the pages of each sequence (entries beyond its length are ignored);
+    q_start [B+1] and kv_len [B] int32 in host memory: sequence b owns tokens q_start[b] to q_start[b+1] and has kv_len[b]
+    keys, its queries being the last of them. Key j is visible to the query at position p iff j < kv_len, j <= p if
+    causal, and j > p - window if window >= 0. softcap and sinks as in flash_attention. Result [T,Hq,Dv] in q.dtype; 0
+    for tokens after q_start[B] (padding) and for rows that see no key.
+    """
+    keys, values = gather_pages(k_cache, block_table), gather_pages(v_cache, block_table)
+    return attend_packed(
+        q,
+        keys.to(q.dtype),
+        values.to(q.dtype),
+        q_start,
+        kv_len,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def _paged_attention_eager(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """One sequence at a time, reading only the pages that it uses."""
+    y = q.new_zeros((q.shape[0], q.shape[1], v_cache.shape[-1]))
+    starts, size = q_start.tolist(), k_cache.shape[1]
+    for n, length in enumerate(kv_len.tolist()):
+        begin, end = starts[n], starts[n + 1]
+        if begin == end or length == 0:
+            continue
+        pages = block_table[n, : -(-length // size)]
+        k, v = (cache[pages].flatten(0, 1)[:length].transpose(0, 1).to(q.dtype) for cache in (k_cache, v_cache))
+        mask = None
+        i = torch.arange(length - (end - begin), length, device=q.device).unsqueeze(-1)
+        if window >= 0 and not causal:
+            mask = torch.arange(length, device=q.device) > i - window
+        out = flash_attention(
+            q[begin:end].transpose(0, 1).unsqueeze(0),
+            k.unsqueeze(0),
+            v.unsqueeze(0),
+            mask=mask,
+            sinks=sinks,
+            scale=scale,
+            causal="bottom_right" if causal else "none",
+            window=window if causal else -1,
+            softcap=softcap,
+            empty_row="zero",
+        )
+        y[begin:end] = out.squeeze(0).transpose(0, 1)
+    return y
+
+
+def _paged_attention_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any, **__: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[-1]))
+
+
+def _paged_attention_f64(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    y = q.new_zeros((q.shape[0], q.shape[1], v_cache.shape[-1]))
+    size, group = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
+    for n, length in enumerate(kv_len.tolist()):
+        begin, end = int(q_start[n]), int(q_start[n + 1])
+        places = [(int(block_table[n, j // size]), j % size) for j in range(length)]
+        for t in range(begin, end):
+            p = length - end + t
+            seen = torch.tensor([(not causal or j <= p) and (window < 0 or j > p - window) for j in range(length)])
+            for h in range(q.shape[1]):
+                if not length:
+                    continue
+                keys = torch.stack([k_cache[block, offset, h // group] for block, offset in places])
+                values = torch.stack([v_cache[block, offset, h // group] for block, offset in places])
+                scores = torch.einsum("d,jd->j", q[t, h], keys) * scale
+                if softcap > 0:
+                    scores = softcap * torch.sinh(scores / softcap) / torch.cosh(scores / softcap)
+                sink = None if sinks is None else float(sinks[h])
+                y[t, h] = attend_f64(scores, seen, values, sink, "zero")
+    return y
+
+
+def _value_scale(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any, **__: Any) -> Tensor:
+    return v_cache.abs().nan_to_num(0.0, 0.0, 0.0).max().view(1, 1, 1)
+
+
+def batch_of(d: Draw, lengths: list[tuple[int, int]], size: int, blocks: int, padding: int = 0) -> tuple[Any, ...]:
+    """block_table, q_start, kv_len and the token count for sequences of (query, key) lengths, on shuffled pages."""
+    pages = d.permutation(blocks).tolist()
+    width = max(-(-kv // size) for _, kv in lengths) + 1
+    table = torch.full((len(lengths), width), -1, dtype=torch.int32)
+    starts = [0]
+    for n, (queries, kv) in enumerate(lengths):
+        starts.append(starts[-1] + queries)
+        for i in range(-(-kv // size)):
+            table[n, i] = pages.pop()
+    lens = torch.tensor([kv for _, kv in lengths], dtype=torch.int32)
+    return table, torch.tensor(starts, dtype=torch.int32), lens, starts[-1] + padding
+
+
+def _paged_attention_samples(d: Draw) -> Iterator[Sample]:
+    k, v = d.normal(9, 4, 2, 8), d.normal(9, 4, 2, 8)
+    mixed = [(3, 3), (1, 9), (2, 6)]
+    for lengths, padding, options, note in (
+        (mixed, 0, {}, "prefill and decode"),
+        (mixed, 2, {"window": 3}, "window, padding tokens"),
+        (mixed, 0, {"causal": False}, "not causal"),
+        (mixed, 0, {"causal": False, "window": 2}, "window, not causal"),
+        (mixed, 0, {"softcap": 3.0}, "softcap"),
+        (mixed, 0, {"sinks": d.normal(4)}, "sinks"),
+        ([(5, 5)], 0, {}, "one sequence"),
+        ([(1, 8), (1, 1), (0, 3), (1, 0)], 0, {}, "decode, a sequence without queries, one without keys"),
+    ):
+        table, starts, lens, tokens = batch_of(d, lengths, 4, 9, padding)
+        yield Sample((d.normal(tokens, 4, 8), k, v, table, starts, lens), {"scale": 0.35, **options}, note)
+
+
+def _kv_write_samples(d: Draw) -> Iterator[Sample]:
+    for slots, note in (
+        ([5, 0, 11, 7], "all real"),
+        ([-1, 0, 3, -1], "padding around a write to slot 0"),
+        ([-1, -1, -1, -1], "all padding"),
+    ):
+        caches = d.normal(4, 4, 2, 8), d.normal(4, 4, 2, 6)
+        yield Sample((d.normal(4, 2, 8), d.normal(4, 2, 6), *caches, torch.tensor(slots)), {}, note)
+    stacked = d.normal(2, 4, 4, 2, 8)
+    yield Sample(
+        (d.normal(1, 2, 8), d.normal(1, 2, 8), stacked[0].transpose(1, 2).contiguous().transpose(1, 2), stacked[1], torch.tensor([9])),
+        {},
+        "strided caches",
+    )
+
+
+SPECS = (
+    OpSpec(
+        "kv_write",
+        "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
+        kv_write,
+        lambda k, v, k_cache, v_cache, slot_mapping: None,
+        _kv_write_f64,
+        c_ulp=1.0,
+        samples=_kv_write_samples,
+        kernel=_kv_write_eager,
+    ),
+    OpSpec(
+        "paged_attention",
+        "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor q_start, Tensor kv_len, *, float scale,"
+        " bool causal=True, int window=-1, float softcap=0., Tensor? sinks=None) -> Tensor",
+        paged_attention,
+        _paged_attention_fake,
+        _paged_attention_f64,
+        c_ulp=8.0,
+        samples=_paged_attention_samples,
+        kernel=_paged_attention_eager,
+        row_scale=_value_scale,
+    ),
+)
