@@ -17,7 +17,7 @@ from ascend_dynamo.capture import KeepComposites, make_unit
 from ascend_dynamo.contracts import GraphUnit, Lowering
 from ascend_dynamo.errors import ExpectError, OptionError
 from ascend_dynamo.ir.text import graph_text
-from ascend_dynamo.log import Once
+from ascend_dynamo.log import Once, setup
 from ascend_dynamo.match import load_registry
 from ascend_dynamo.options import Options
 from ascend_dynamo.passes.pipeline import Pipeline
@@ -44,6 +44,7 @@ class Backend:
 
     def __init__(self, options: Mapping[str, Any] | None = None, *, texts: bool = False) -> None:
         compat.check_torch_version()
+        setup()
         self.__name__ = "ascend_opt"
         self.records: list[CompileRecord] = []
         self.texts = texts

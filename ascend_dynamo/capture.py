@@ -2,7 +2,7 @@
 
 AOTAutograd would decompose linear, matmul, attention and the norms before anyone could see them. A TorchFunctionMode
 (public and thread-local; overriding decompositions would be private and process-wide) sends them to opaque twins in the
-``ascend_capture`` namespace while the graph is traced; afterwards the twins become the ``aten`` ops that they stand for.
+``ascend_capture`` namespace while the graph is traced; afterwards the twins become the ``aten`` ops they stand for.
 A twin has no derivative, so graphs that need gradients never come here.
 """
 

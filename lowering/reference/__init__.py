@@ -1,4 +1,4 @@
-"""The reference target: every op runs as its ATen reference, one by one. Slow, exact, and the meaning of the dialect."""
+"""The reference target: every op runs as its ATen reference, one by one. Slow, exact, the dialect's meaning."""
 
 from __future__ import annotations
 
