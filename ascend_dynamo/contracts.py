@@ -5,7 +5,7 @@ Nothing here computes anything. ``docs/architecture.md`` explains how the parts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -210,8 +210,9 @@ class CacheKey:
 class CompiledArtifact(Protocol):
     """A compiled graph without weights."""
 
-    def bind(self, params: Iterable[torch.Tensor]) -> Callable[[list[Any]], list[Any]]:
-        """A boxed callable over all graph inputs; ``params`` (may be empty) are prepared ahead of the first call."""
+    def bind(self, *, strict: bool = False) -> Callable[[list[Any]], list[Any]]:
+        """A boxed callable over all graph inputs. Derived weights are made at the first call; ``strict`` also looks
+        for writes into copied ones that no version counter shows."""
         ...
 
 
