@@ -147,7 +147,7 @@ class _Compilation:
         start = time.perf_counter()
         artifact = self.pipeline.lowering.compile(unit)
         record.seconds["compile"] = time.perf_counter() - start
-        return artifact.bind(())
+        return artifact.bind(strict=self.pipeline.options.strict)
 
 
 def _calls(unit: GraphUnit) -> int:

@@ -103,17 +103,16 @@ class Bound:
 class Artifact:
     """A compiled graph and the recipe of its prologue; holds no weights until it is bound."""
 
-    def __init__(self, inner: Callable[[list[Any]], list[Any]], unit: GraphUnit, *, strict: bool = False) -> None:
+    def __init__(self, inner: Callable[[list[Any]], list[Any]], unit: GraphUnit) -> None:
         self.inner = inner
         self.recipe = tuple(_recipe(unit))
-        self.strict = strict
 
-    def bind(self, params: Iterable[torch.Tensor] = ()) -> Bound:
+    def bind(self, *, strict: bool = False) -> Bound:
         """A boxed callable over all graph inputs. Derived weights are made at the first call that needs them."""
         return Bound(
             self.inner,
             [
-                _Merged(indices) if transform.alias else _Copied(indices, transform, strict=self.strict)
+                _Merged(indices) if transform.alias else _Copied(indices, transform, strict=strict)
                 for transform, indices in self.recipe
             ],
         )

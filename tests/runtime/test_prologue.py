@@ -46,7 +46,7 @@ def unit_with(transform: str, *rows: int):  # type: ignore[no-untyped-def]
 
 
 def bound(unit, **kwargs) -> Bound:  # type: ignore[no-untyped-def]
-    return Artifact(lambda args: unit.gm(*args), unit, **kwargs).bind(())
+    return Artifact(lambda args: unit.gm(*args), unit).bind(**kwargs)
 
 
 def test_merged_weights_follow_every_write() -> None:
@@ -108,5 +108,5 @@ def test_a_prologue_value_may_build_on_another(doubled) -> None:  # type: ignore
     linear.replace_input_with(linear.args[1], twice)
     unit.gm.recompile()
     x = torch.randn(2, 4)
-    out = Artifact(lambda args: unit.gm(*args), unit).bind(())([x, *weights])[0]
+    out = Artifact(lambda args: unit.gm(*args), unit).bind()([x, *weights])[0]
     torch.testing.assert_close(out, torch.nn.functional.linear(x, 2 * torch.cat(weights)))
