@@ -14,7 +14,7 @@ from ascend_dynamo.dialect.spec import Draw, Sample
 def attend_f64(
     scores: Tensor, visible: Tensor, values: Tensor, sink: float | None = None, empty_row: str = "nan"
 ) -> Tensor:
-    """One query: scores [Sk], visible [Sk], values [Sk,Dv] -> [Dv], by exponentials of differences from the largest score."""
+    """One query: scores [Sk], visible [Sk], values [Sk,Dv] -> [Dv], by exponentials relative to the largest score."""
     chosen = torch.nonzero(visible).flatten()
     if len(chosen) == 0:
         if sink is not None or empty_row == "zero":

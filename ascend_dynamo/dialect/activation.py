@@ -37,7 +37,7 @@ def gelu_mul(gate: Tensor, up: Tensor, *, approximate: str) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, the silu rounded in the input dtype first; gate_up [..., 2I] holds gate, then up. Result [..., I]."""
+    """silu(gate) * up, the silu rounded in the input dtype first. gate_up [..., 2I]: gate, then up; result [..., I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) * up).contiguous()
 

@@ -33,15 +33,17 @@ def flash_attention(
 ) -> Tensor:
     """softmax(cap(q k^T * scale) + bias, over the visible keys) v.
 
-    q [B,Hq,Sq,D], k [B,Hk,Sk,D], v [B,Hk,Sk,Dv] of one dtype, Hq % Hk == 0 (query head h reads head h // (Hq/Hk)); result
-    [B,Hq,Sq,Dv] in q.dtype, laid out as [B,Sq,Hq,Dv] in memory. cap(s) = softcap * tanh(s / softcap) if softcap > 0.
-    bias (float) and mask (bool, True = visible) are broadcastable to [B,Hq,Sq,Sk]; sinks [Hq] are logits of one more
-    key per head without a value. Query i sees key j iff mask allows it, bias is not -inf, j <= i + offset unless causal
-    is "none", and j > i + offset - window if window >= 0; offset is Sk - Sq for bottom_right, else 0.
-    A row that sees no key gives NaN (empty_row="nan": a plain softmax over -inf), the mean of all v ("uniform": a softmax
-    over finfo.min), or 0 ("zero": aten.scaled_dot_product_attention); with sinks it gives 0, since the sink takes all.
+    q [B,Hq,Sq,D], k [B,Hk,Sk,D], v [B,Hk,Sk,Dv] of one dtype, Hq % Hk == 0 (query head h reads head h // (Hq/Hk));
+    result [B,Hq,Sq,Dv] in q.dtype, laid out as [B,Sq,Hq,Dv] in memory. cap(s) = softcap * tanh(s / softcap) if
+    softcap > 0. bias (float) and mask (bool, True = visible) are broadcastable to [B,Hq,Sq,Sk]; sinks [Hq] are logits
+    of one more key per head without a value. Query i sees key j iff mask allows it, bias is not -inf, j <= i + offset
+    unless causal is "none", and j > i + offset - window if window >= 0; offset is Sk - Sq for bottom_right, else 0. A
+    row that sees no key gives NaN (empty_row="nan": a plain softmax over -inf), the mean of all v ("uniform": one
+    over finfo.min), or 0 ("zero": aten.scaled_dot_product_attention); with sinks it gives 0, since the sink takes
+    all.
 
-    Without sinks and softcap this is aten.scaled_dot_product_attention, with empty rows repaired where there can be any.
+    Without sinks and softcap this is aten.scaled_dot_product_attention, empty rows being repaired where there can be
+    any.
 
     Raises:
         ValueError: causal or empty_row has an unknown value.

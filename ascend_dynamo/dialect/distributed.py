@@ -15,8 +15,9 @@ from ascend_dynamo.dialect.spec import Draw, OpSpec, Sample
 def matmul_all_reduce(x: Tensor, w: Tensor, bias: Tensor | None, group: str) -> Tensor:
     """The row-parallel linear: sum over the ranks of ``group`` of x w^T, then + bias once.
 
-    x [*B,K], w [N,K] (this rank's shards of K), bias [N] or None (the same on all ranks); result [*B,N] in x.dtype. ``group``
-    is a process group's name; "" is the default group, or this process alone if torch.distributed is not initialised.
+    x [*B,K], w [N,K] (this rank's shards of K), bias [N] or None (the same on all ranks); result [*B,N] in x.dtype.
+    ``group`` is a process group's name; "" is the default group, or this process alone if torch.distributed is not
+    initialised.
 
     Raises:
         ValueError: a group is named, but torch.distributed is not initialised.
@@ -37,7 +38,8 @@ def _group_name(group: str) -> str | None:
                 "call torch.distributed.init_process_group first, or pass '' to run in this process alone"
             )
         return None
-    return group or dist.group.WORLD.group_name
+    world = dist.group.WORLD
+    return group or (None if world is None else world.group_name)
 
 
 def _fake(x: Tensor, w: Tensor, bias: Tensor | None, group: str) -> Tensor:

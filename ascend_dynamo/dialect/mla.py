@@ -27,9 +27,7 @@ def _mla_kv_write_eager(
     scatter_eager(((ckv, ckv_cache), (k_rope, rope_cache)), slot_mapping)
 
 
-def _mla_kv_write_f64(
-    ckv: Tensor, k_rope: Tensor, ckv_cache: Tensor, rope_cache: Tensor, slot_mapping: Tensor
-) -> None:
+def _mla_kv_write_f64(ckv: Tensor, k_rope: Tensor, ckv_cache: Tensor, rope_cache: Tensor, slot_mapping: Tensor) -> None:
     write_f64(ckv, ckv_cache, slot_mapping)
     write_f64(k_rope, rope_cache, slot_mapping)
 

@@ -41,11 +41,11 @@ def moe_gate(
 ) -> tuple[Tensor, Tensor]:
     """Scores, limited to the best groups, the best experts among those, and their weights.
 
-    logits [T,E], bias [E] or None. Scores are softmax or sigmoid of the logits in float32 (float64 for float64); experts
-    are chosen by score + bias, weighted by score alone. With n_group > 1 only the topk_group best groups of E / n_group
-    neighbouring experts take part, a group's worth being the sum of its two best (with bias: DeepSeek-V3's noaux_tc) or
-    its best (without: DeepSeek-V2's group_limited_greedy). normalize divides by the chosen weights' sum + 1e-20; scale
-    comes last. Returns weights [T,top_k] in the scores' dtype and ids [T,top_k] int32, best first.
+    logits [T,E], bias [E] or None. Scores are softmax or sigmoid of the logits in float32 (float64 for float64);
+    experts are chosen by score + bias, weighted by score alone. With n_group > 1 only the topk_group best groups of E
+    / n_group neighbouring experts take part, a group's worth being the sum of its two best (with bias: DeepSeek-V3's
+    noaux_tc) or its best (without: DeepSeek-V2's group_limited_greedy). normalize divides by the chosen weights' sum
+    + 1e-20; scale comes last. Returns weights [T,top_k] in the scores' dtype and ids [T,top_k] int32, best first.
 
     Raises:
         ValueError: scoring is neither softmax nor sigmoid.
@@ -129,9 +129,10 @@ def moe_experts(
 ) -> Tensor:
     """Sum over each token's experts of weight * (act(x gate^T) * (x up^T)) down^T.
 
-    x [T,H]; weights and ids [T,k]; w_gate_up [E,2I,H], gate above up; w_down [E,H,I]; result [T,H] in x.dtype. activation:
-    silu | gelu | gelu_tanh | relu. Linears and activation round in x.dtype; weighting and sum are done in the promoted
-    dtype of x and weights. An id that is negative or >= E contributes nothing (an expert of another rank).
+    x [T,H]; weights and ids [T,k]; w_gate_up [E,2I,H], gate above up; w_down [E,H,I]; result [T,H] in x.dtype.
+    activation: silu | gelu | gelu_tanh | relu. Linears and activation round in x.dtype; weighting and sum are done in
+    the promoted dtype of x and weights. An id that is negative or >= E contributes nothing (an expert of another
+    rank).
 
     Raises:
         ValueError: unknown activation.
@@ -212,7 +213,9 @@ def _moe_experts_samples(d: Draw) -> Iterator[Sample]:
         yield Sample((d.normal(tokens, 12), weights, ids, up, down), {"activation": activation}, note)
     ids = torch.tensor([[0, -1], [5, 2], [7, 6], [1, 3]], dtype=torch.int32)
     yield Sample((d.normal(4, 12), d.normal(4, 2), ids, up, down), {"activation": "gelu"}, "experts of other ranks")
-    yield Sample((d.normal(2, 12), d.normal(2, 2), ids[:2], up, down), {"activation": "relu"}, "few tokens, other ranks")
+    yield Sample(
+        (d.normal(2, 12), d.normal(2, 2), ids[:2], up, down), {"activation": "relu"}, "few tokens, other ranks"
+    )
 
 
 SPECS = (

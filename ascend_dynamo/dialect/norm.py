@@ -34,7 +34,7 @@ def rms_norm(
     The mean and the division are done in ``compute``. Then, bit for bit:
     - cast_before_weight=False: multiply by ``weight_offset + weight`` in ``compute``, then cast. With offset 1 this is
       Gemma's ``(n * (1 + w.float())).to(dtype)``; with offset 0 and compute=float32 it is aten.rms_norm.
-    - cast_before_weight=True: cast to x.dtype, then ``weight * n``, in the dtype to which torch promotes the two: Llama's
+    - cast_before_weight=True: cast to x.dtype, then ``weight * n`` in their promoted dtype: Llama's
       ``w * n.to(dtype)``. Pass out=that dtype to keep a float32 weight's promotion.
     T5 upcasts only the variance, but bfloat16 times float32 is computed in float32, so it is Llama's form too.
     """

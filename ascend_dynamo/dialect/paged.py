@@ -35,7 +35,7 @@ def write_slots(values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write one step's keys and values to their pages, in place.
 
-    k [T,Hk,D], v [T,Hk,Dv]; caches [blocks, block_size, Hk, D or Dv], any strides; slot_mapping [T] int64 on the caches'
+    k [T,Hk,D], v [T,Hk,Dv]; caches [blocks, block_size, Hk, D or Dv], any strides; slot_mapping [T] int64 on their
     device: block * block_size + offset, -1 for a padding token, which writes nothing. Slots of one call are distinct.
     Values are cast to the caches' dtype. T >= 1.
     """
@@ -69,7 +69,7 @@ def write_f64(values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
 
 
 def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
-    """[blocks, size, *R] and [B, max_blocks] -> [B, max_blocks * size, *R]; unused table entries may hold anything < 0."""
+    """[blocks, size, *R] and [B, max_blocks] -> [B, max_blocks * size, *R]; unused table entries may be negative."""
     return cache[block_table.clamp(min=0)].flatten(1, 2)
 
 
@@ -86,7 +86,7 @@ def attend_packed(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Packed queries [T,Hq,D] against padded keys [B,S,Hk,D]: one attention over all B * S keys, masked by ownership."""
+    """Packed queries [T,Hq,D] against padded keys [B,S,Hk,D]: one attention over all B * S keys, masked by owner."""
     t, (b, s) = q.shape[0], keys.shape[:2]
     token = torch.arange(t, device=q_start.device, dtype=q_start.dtype)
     owner = torch.bucketize(token, q_start[1:], right=True)
@@ -131,8 +131,8 @@ def paged_attention(
     """Attention of packed queries over pages, prefill and decode alike.
 
     q [T,Hq,D], all sequences one after the other; k_cache [blocks, block_size, Hk, D], v_cache likewise with Dv;
-    block_table [B, max_blocks] int32, the pages of each sequence (entries beyond its length are ignored);
-    q_start [B+1] and kv_len [B] int32 in host memory: sequence b owns tokens q_start[b] to q_start[b+1] and has kv_len[b]
+    block_table [B, max_blocks] int32, the pages of each sequence (entries beyond its length are ignored); q_start
+    [B+1] and kv_len [B] int32 in host memory: sequence b owns tokens q_start[b] to q_start[b+1] and has kv_len[b]
     keys, its queries being the last of them. Key j is visible to the query at position p iff j < kv_len, j <= p if
     causal, and j > p - window if window >= 0. softcap and sinks as in flash_attention. Result [T,Hq,Dv] in q.dtype; 0
     for tokens after q_start[B] (padding) and for rows that see no key.
@@ -279,7 +279,13 @@ def _kv_write_samples(d: Draw) -> Iterator[Sample]:
         yield Sample((d.normal(4, 2, 8), d.normal(4, 2, 6), *caches, torch.tensor(slots)), {}, note)
     stacked = d.normal(2, 4, 4, 2, 8)
     yield Sample(
-        (d.normal(1, 2, 8), d.normal(1, 2, 8), stacked[0].transpose(1, 2).contiguous().transpose(1, 2), stacked[1], torch.tensor([9])),
+        (
+            d.normal(1, 2, 8),
+            d.normal(1, 2, 8),
+            stacked[0].transpose(1, 2).contiguous().transpose(1, 2),
+            stacked[1],
+            torch.tensor([9]),
+        ),
         {},
         "strided caches",
     )

@@ -17,8 +17,9 @@ _ACTS = ("none", "static", "dynamic")
 def dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 per token: scale = max|row| / 127, q = round(row / scale) to nearest even.
 
-    x [*B,K] floating. Returns q [*B,K] int8 and scale [*B] float32, so that x ~ q * scale. A zero row gives q = 0 and scale
-    0; a row with an infinity or NaN gives q = 0 and a scale that is not finite, so that only that row is poisoned.
+    x [*B,K] floating. Returns q [*B,K] int8 and scale [*B] float32, so that x ~ q * scale. A zero row gives q = 0 and
+    scale 0; a row with an infinity or NaN gives q = 0 and a scale that is not finite, so that only that row is
+    poisoned.
     """
     wide = x.to(torch.float32)
     scale = wide.abs().amax(dim=-1) / 127.0
@@ -82,8 +83,8 @@ def quant_linear(
     """x w^T + bias with quantised weights, w = (weight - weight_zero) * weight_scale.
 
     weight is int8 [N,K] (bits=8) or uint8 [N,K/2] (bits=4: low nibble first, value + 8). One scale (and zero point, if
-    any) serves block_n rows by block_k columns (-1: all columns): weight_scale [ceil(N/block_n), ceil(K/block_k)], or [N]
-    for one per channel. x [*B,K]; result [*B,N] in ``out`` (default: x.dtype if floating, else float32).
+    any) serves block_n rows by block_k columns (-1: all columns): weight_scale [ceil(N/block_n), ceil(K/block_k)], or
+    [N] for one per channel. x [*B,K]; result [*B,N] in ``out`` (default: x.dtype if floating, else float32).
     - act="none": weight only. w is computed in float32, rounded to x.dtype, then aten.linear.
     - act="dynamic": x is quantised as by dynamic_quant, per token and per block_k columns (K a multiple of block_k).
     - act="static": x_scale (one element) is a calibrated scale, q = clamp(round(x / x_scale), -128, 127).
@@ -167,10 +168,8 @@ def _weight_f64(weight: Tensor, bits: int, zero: Tensor | None, scale: Tensor, b
     w = torch.empty(rows, columns, dtype=torch.float64)
     for r in range(rows):
         for c in range(columns):
-            if bits == 8:
-                level = int(weight[r, c])
-            else:
-                level = (int(weight[r, c // 2]) // (16 if c % 2 else 1)) % 16 - 8
+            low_or_high = int(weight[r, c // 2]) // (16 if c % 2 else 1)
+            level = int(weight[r, c]) if bits == 8 else low_or_high % 16 - 8
             place = r // block_n, (c // block_k if block_k > 0 else 0)
             shift = 0.0 if zero is None else float(zero.reshape(scale.shape)[place])
             w[r, c] = (level - shift) * float(scale[place])
@@ -178,7 +177,7 @@ def _weight_f64(weight: Tensor, bits: int, zero: Tensor | None, scale: Tensor, b
 
 
 def _activation_f64(x: Tensor, x_scale: Tensor | None, act: str, block_k: int) -> Tensor:
-    """x after its trip through int8, from quotients computed in float32, since where they round is part of the meaning."""
+    """x after its trip through int8, by quotients in float32, since where they round is part of the meaning."""
     if x.is_floating_point() and act == "none":
         return x
     if act == "dynamic":

@@ -1,4 +1,4 @@
-"""What an operator of the dialect is: its schema, its meaning twice over, its fake, its rounding budget, its samples."""
+"""What an operator of the dialect is: schema, its meaning twice over, fake, rounding budget, samples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch.utils import _pytree as pytree
+
+from ascend_dynamo.dialect.equal import Disagreement, agree
 
 NAMESPACE = "ascend"
 # keep: the op runs as it is, whatever autocast is active. lower: like aten's matmul and attention, floating arguments
@@ -51,7 +53,7 @@ class Draw:
 
 
 def lift(tree: Any) -> Any:
-    """``tree`` with every floating tensor and every floating dtype argument made float64: the algebra without rounding."""
+    """``tree`` with floating tensors and floating dtype arguments made float64: the algebra without rounding."""
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
@@ -120,3 +122,15 @@ class OpSpec:
             return None
         args, kwargs = lift((args, kwargs))
         return self.row_scale(*args, **kwargs)
+
+    def judge(self, new: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Disagreement | None:
+        """Whether ``new``, a kernel's result for these arguments, is what the operator means; the reason if not.
+
+        ``dtype`` is the dtype in which the inputs are rounded (default: the first floating argument's).
+        """
+        if dtype is None:
+            leaves = pytree.tree_leaves((args, kwargs))
+            dtype = next((t.dtype for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()), None)
+        eager = self.reference(*args, **kwargs)
+        exact, scale = self.f64(*args, **kwargs), self.scale64(*args, **kwargs)
+        return agree(new, eager, exact, dtype=dtype, c_ulp=self.c_ulp, row_scale=scale)
