@@ -1,0 +1,43 @@
+"""The CPU target's own operators, ``torch.ops.ascend_cpu.*``, and what they gain.
+
+``linear(x, w, bias=None, epilogue="none", other=None)``: x [..., K], w [N, K] as the model holds it (nothing is packed
+or copied, so writes to the weight show), bias [N]; y = act(x @ w.T + bias) + other, contiguous [..., N]. ``epilogue``
+is none, relu, silu, gelu or gelu_tanh; with ``_mul`` appended (or ``"mul"`` alone) other is multiplied in instead of
+added; ``"swiglu"`` takes w [2N, K] (gate rows, then up rows) and gives silu(gate) * up. Sums, activation and epilogue
+are fp32, rounded once. What the kernels do not cover (other dtypes, processors, layouts) runs on ATen, same meaning.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ascend_dynamo.lowering.cpu import build
+
+EPILOGUES = ("none", "relu", "silu", "gelu", "gelu_tanh", "swiglu")
+
+
+def _linear_fake(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    epilogue: str = "none",
+    other: torch.Tensor | None = None,
+) -> torch.Tensor:
+    rows = w.shape[0] // 2 if epilogue.removesuffix("_mul") == "swiglu" else w.shape[0]
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+@functools.cache
+def load() -> None:
+    """Compile (the first time) and register everything in ``torch.ops.ascend_cpu``. LoweringError if impossible."""
+    build.load()
+    for name in ("linear", "linear_portable"):
+        torch.library.register_fake(f"ascend_cpu::{name}", _linear_fake)
+
+
+def isa() -> str:
+    """What the kernels use here: ``portable``, ``avx512_bf16`` or ``amx_bf16``."""
+    load()
+    return str(torch.ops.ascend_cpu.isa())

@@ -1,0 +1,238 @@
+// bf16 linear layers on AVX-512-BF16, straight from the plain [N, K] weight: no packed copy exists.
+//
+// Few rows of x: the weight is streamed once at memory speed, each row against all rows of x (dot products along K).
+// Many rows: y^T is computed. x is packed, per call, into panels [K/2][rows][2] whose lanes are rows of x, and a pair
+// of weight elements is broadcast against them (vdpbf16ps with an embedded broadcast), so that each weight element
+// is read as it lies.
+#include <algorithm>
+
+#include "simd.h"
+
+namespace ascend_cpu {
+namespace {
+
+constexpr int64_t kGemvRows = 3;       // with more rows of x the tiles are faster
+constexpr int64_t kGemvLanes = 4;      // sums kept per weight row
+constexpr int64_t kGemvBytes = 65536;  // weight bytes of one work item
+constexpr int64_t kGemvBlock = 256;    // and at most so many weight rows
+
+inline __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline __m512bh load_pairs(const bf16* p, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, p); }
+
+// The sums over the lanes of each of four vectors.
+inline __m128 sum_lanes(const __m512 (&v)[4]) {
+  const auto fold = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  const __m512d lo = _mm512_castps_pd(fold(v[0], v[1])), hi = _mm512_castps_pd(fold(v[2], v[3]));
+  const __m512 t =
+      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi)), _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi)));
+  const __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1));
+}
+
+// out[row][i] = dot(w row, x row i), i < 4, with x as [K/32][M][32], zero beyond K. One weight row at a time: two
+// interleaved streams halve what the memory delivers. U sums per row of x hide the latency of the multiplier.
+template <int M>
+void dot_rows(const Linear& p, const bf16* w, const bf16* x, int64_t rows, float* out) {
+  constexpr int U = M == 1 ? 8 : M == 2 ? 4 : 2;
+  for (int64_t row = 0; row < rows; ++row, w += p.w_stride) {
+    __m512 acc[M][U];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) acc[i][u] = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (; k + 32 * U <= p.k; k += 32 * U) {
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        const __m512bh a = load_pairs(w + k + 32 * u);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i)
+          acc[i][u] = _mm512_dpbf16_ps(acc[i][u], a, load_pairs(x + (k + 32 * u) * M + 32 * i));
+      }
+    }
+    for (; k < p.k; k += 32) {
+      const __mmask32 mask = mask32(p.k - k);
+      const __m512bh a = load_pairs(w + k, mask);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i)
+        acc[i][0] = _mm512_dpbf16_ps(acc[i][0], a, load_pairs(x + k * M + 32 * i));
+    }
+    __m512 sums[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      sums[i] = i < M ? acc[i < M ? i : 0][0] : _mm512_setzero_ps();
+      if (i < M)
+#pragma GCC unroll 8
+        for (int u = 1; u < U; ++u) sums[i] = _mm512_add_ps(sums[i], acc[i < M ? i : 0][u]);
+    }
+    _mm_storeu_ps(out + row * kGemvLanes, sum_lanes(sums));
+  }
+}
+
+using DotRows = void (*)(const Linear&, const bf16*, const bf16*, int64_t, float*);
+constexpr DotRows kDotRows[kGemvRows] = {dot_rows<1>, dot_rows<2>, dot_rows<3>};
+
+struct GemvX;
+
+void few_rows(const Linear& p) {
+  const int64_t row_bytes = std::max<int64_t>(p.k, 1) * 2 * (p.gated ? 2 : 1);
+  const int64_t share = (p.n + threads() - 1) / threads();
+  const int64_t fit = std::min(share, std::clamp<int64_t>(kGemvBytes / row_bytes, 16, kGemvBlock));
+  const int64_t block = (fit + 15) / 16 * 16;
+  const bf16* w = static_cast<const bf16*>(p.w);
+  // Together in one piece: rows of x that lie a multiple of 4 KiB apart would evict each other from the first cache.
+  bf16* x = static_cast<bf16*>(scratch<GemvX>(p.m * ((p.k + 31) / 32 * 32) * sizeof(bf16)));
+  for (int64_t i = 0; i < p.m; ++i)
+    for (int64_t k = 0; k < p.k; k += 32)
+      _mm512_store_si512(x + k * p.m + 32 * i, _mm512_maskz_loadu_epi16(
+          mask32(p.k - k), static_cast<const bf16*>(p.x) + i * p.x_stride + k));
+  const __m512i column = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                            _mm512_set1_epi32(kGemvLanes));
+  parallel((p.n + block - 1) / block, [&](int64_t item) {
+    float sums[2][kGemvBlock * kGemvLanes];
+    const int64_t j0 = item * block, count = std::min(block, p.n - j0);
+    for (int half = 0; half < (p.gated ? 2 : 1); ++half)
+      kDotRows[p.m - 1](p, w + (j0 + half * p.n) * p.w_stride, x, count, sums[half]);
+    for (int64_t i = 0; i < p.m; ++i)
+      for (int64_t j = 0; j < count; j += 16) {
+        const __mmask16 mask = mask16(count - j);
+        const auto sum = [&](int half) {
+          return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, column, sums[half] + j * kGemvLanes + i, 4);
+        };
+        const __m512 v = sum(0);
+        finish<bf16>(p, i, j0 + j, v, p.gated ? sum(1) : v, mask);
+      }
+  });
+}
+
+constexpr int kTileRows = 8;    // weight rows of one register tile
+constexpr int kTileUnits = 3;   // times 16 rows of x: 8 x 3 sums, 3 loads and a broadcast fit in 32 registers
+constexpr int64_t kUnit = 16;   // rows of x in one vector
+constexpr int64_t kBlock = 64;  // weight rows of one work item
+
+inline int32_t pair_at(const bf16* p) {
+  int32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return v;
+}
+
+// out[r][lane] = dot(rows[r], x row of the lane), for MV units of packed x. Rows `ahead` elements on are prefetched.
+template <int MV>
+void tile(const bf16* const* rows, const bf16* xp, int64_t unit_stride, int64_t k, int64_t ahead, float* out) {
+  __m512 acc[kTileRows][MV];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < MV; ++v) acc[r][v] = _mm512_setzero_ps();
+  const bf16 *w0 = rows[0], *w1 = rows[1], *w2 = rows[2], *w3 = rows[3], *w4 = rows[4], *w5 = rows[5], *w6 = rows[6],
+             *w7 = rows[7];
+  const auto step = [&](int64_t i, auto pair) __attribute__((always_inline)) {
+    __m512bh x[MV];
+#pragma GCC unroll 3
+    for (int v = 0; v < MV; ++v) x[v] = load_pairs(xp + v * unit_stride + i * 16);
+    const bf16* w[kTileRows] = {w0, w1, w2, w3, w4, w5, w6, w7};
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      const __m512bh b = (__m512bh)_mm512_set1_epi32(pair(w[r] + i));
+#pragma GCC unroll 3
+      for (int v = 0; v < MV; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x[v], b);
+    }
+  };
+  int64_t i = 0;
+  for (; i + 32 <= k; i += 32) {
+    // The next tile's rows, while the weight is still in memory: eight short streams start slowly on their own.
+    if (ahead != 0)
+      for (const bf16* w : {w0, w1, w2, w3, w4, w5, w6, w7}) _mm_prefetch(w + i + ahead, _MM_HINT_T1);
+    for (int64_t j = 0; j < 32; j += 2) step(i + j, pair_at);
+  }
+  for (; i + 2 <= k; i += 2) step(i, pair_at);
+  if (i < k) step(i, [](const bf16* p) { return static_cast<int32_t>(*p); });
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < MV; ++v) _mm512_store_ps(out + (r * kTileUnits + v) * kUnit, acc[r][v]);
+}
+
+using Tile = void (*)(const bf16* const*, const bf16*, int64_t, int64_t, int64_t, float*);
+constexpr Tile kTiles[kTileUnits] = {tile<1>, tile<2>, tile<3>};
+
+// Packs rows [16u, 16u + 16) of x: [k / 2][row][2], rows beyond m and an odd last k zero.
+void pack_unit(const Linear& p, int64_t u, bf16* to) {
+  const bf16* x = static_cast<const bf16*>(p.x);
+  for (int64_t k = 0; k < p.k; k += 32) {
+    __m512i r[16];
+    const __mmask32 mask = mask32(p.k - k);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const int64_t row = u * kUnit + i;
+      r[i] = row < p.m ? _mm512_maskz_loadu_epi16(mask, x + row * p.x_stride + k) : _mm512_setzero_si512();
+    }
+    transpose16(r);
+    const int64_t pairs = std::min<int64_t>(16, (p.k - k + 1) / 2);
+    for (int64_t i = 0; i < pairs; ++i) _mm512_store_si512(to + (k / 2 + i) * 32, r[i]);
+  }
+}
+
+// The sums of one block of weight rows, [row][unit of the panel][lane], to rows of y.
+void finish_block(const Linear& p, int64_t i0, int64_t j0, int64_t count, int64_t units, const float* sums,
+                  const float* sums_up) {
+  for (int64_t u = 0; u < units; ++u)
+    for (int64_t j = 0; j < count; j += 16) {
+      __m512i v[16], up[16];
+      const __mmask16 mask = mask16(count - j);
+      for (int r = 0; r < 16; ++r)
+        v[r] = _mm512_load_si512(sums + ((j + r) * kTileUnits + u) * kUnit);
+      transpose16(v);
+      if (p.gated) {
+        for (int r = 0; r < 16; ++r) up[r] = _mm512_load_si512(sums_up + ((j + r) * kTileUnits + u) * kUnit);
+        transpose16(up);
+      }
+      const int64_t rows = std::min(kUnit, p.m - i0 - u * kUnit);
+      for (int64_t r = 0; r < rows; ++r)
+        finish<bf16>(p, i0 + u * kUnit + r, j0 + j, _mm512_castsi512_ps(v[r]),
+                     _mm512_castsi512_ps(p.gated ? up[r] : v[r]), mask);
+    }
+}
+
+struct Packed;
+
+void many_rows(const Linear& p) {
+  const int64_t units = (p.m + kUnit - 1) / kUnit, pairs = (p.k + 1) / 2, unit_stride = pairs * 2 * kUnit;
+  bf16* packed = static_cast<bf16*>(scratch<Packed>(units * unit_stride * sizeof(bf16)));
+  parallel(units, [&](int64_t u) { pack_unit(p, u, packed + u * unit_stride); });
+
+  const int64_t panels = (units + kTileUnits - 1) / kTileUnits, blocks = (p.n + kBlock - 1) / kBlock;
+  const int64_t groups = std::clamp<int64_t>((4 * threads() + blocks - 1) / blocks, 1, panels);
+  const bf16* w = static_cast<const bf16*>(p.w);
+  parallel(blocks * groups, [&](int64_t item) {
+    alignas(64) float sums[2][kBlock * kTileUnits * kUnit];
+    const int64_t j0 = item / groups * kBlock, count = std::min(kBlock, p.n - j0);
+    const int64_t g = item % groups;
+    for (int64_t panel = panels * g / groups; panel < panels * (g + 1) / groups; ++panel) {
+      const int64_t u0 = units * panel / panels, mv = units * (panel + 1) / panels - u0;
+      const int64_t ahead = panel == panels * g / groups ? kTileRows * p.w_stride : 0;
+      for (int half = 0; half < (p.gated ? 2 : 1); ++half)
+        for (int64_t j = 0; j < count; j += kTileRows) {
+          const bf16* rows[kTileRows];
+          for (int r = 0; r < kTileRows; ++r)
+            rows[r] = w + (j0 + half * p.n + std::min(j + r, count - 1)) * p.w_stride;
+          kTiles[mv - 1](rows, packed + u0 * unit_stride, unit_stride, p.k, ahead,
+                         sums[half] + j * kTileUnits * kUnit);
+        }
+      finish_block(p, u0 * kUnit, j0, count, mv, sums[0], sums[1]);
+    }
+  });
+}
+
+}  // namespace
+
+void linear_bf16(const Linear& p) {
+  if (p.m <= kGemvRows)
+    few_rows(p);
+  else
+    many_rows(p);
+}
+
+}  // namespace ascend_cpu
