@@ -113,6 +113,23 @@ class SymEmitter:
             return self._search(e, before)
         return self._compute(e, before)
 
+    def find(self, e: Any, node: fx.Node) -> fx.Node | None:
+        """The node that holds size ``e`` in place of ``node``, which is noted as its holder if it is the first.
+
+        Sizes that placeholders have are read right behind them, so that one node serves the whole graph.
+        """
+        held = self._held(e, node)
+        if held is not None:
+            return held
+        if e in self._axes or all(s in self._axes or s in self._nodes for s in getattr(e, "free_symbols", ())):
+            try:
+                found = self.emit(e, node)
+            except VerifyError:
+                found = node  # an expression that only this node computes
+            return found if isinstance(found, fx.Node) else None
+        self.learn(node)
+        return None
+
     def _held(self, e: Any, before: fx.Node) -> fx.Node | None:
         node = self._nodes.get(e)
         if node is None or not _alive(node):
