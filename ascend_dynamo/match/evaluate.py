@@ -1,0 +1,98 @@
+"""Running pieces of a graph on numbers: at their own dtypes, or with every float lifted to float64."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from ascend_dynamo import _torch_compat as compat
+from ascend_dynamo.ir.facts import PROLOGUE
+
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def concrete(value: Any) -> Any:
+    """A size as an int: symbolic ones by their hint."""
+    return compat.size_hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def draw(value: torch.Tensor, generator: torch.Generator, limit: int = 2) -> torch.Tensor:
+    """Random numbers with the dtype, shape and strides of a fake value; integers are in ``[0, limit)``."""
+    shape = [concrete(s) for s in value.shape]
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        kind = value.dtype if value.dtype.is_complex else torch.float32
+        numbers = torch.randn(shape, generator=generator, dtype=kind).to(value.dtype)
+    elif value.dtype == torch.bool:
+        numbers = torch.rand(shape, generator=generator) < 0.7
+    else:
+        numbers = torch.randint(0, max(limit, 1), shape, generator=generator).to(value.dtype)
+    if value.layout != torch.strided:
+        return numbers
+    strides = [concrete(s) for s in value.stride()]
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if numbers.numel() else 0
+    if span < numbers.numel():  # expanded: several elements share memory
+        return numbers
+    return torch.empty(span, dtype=value.dtype).as_strided(shape, strides).copy_(numbers)
+
+
+def lift(value: Any) -> Any:
+    """Floating-point tensors and dtypes become float64, in lists too; anything else stays."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype in _FLOATS else value
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in _FLOATS else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(lift(v) for v in value)
+    return value
+
+
+def run(
+    nodes: Iterable[fx.Node], env: Mapping[fx.Node, Any], prologue: fx.GraphModule | None = None, lifted: bool = False
+) -> dict[fx.Node, Any]:
+    """Values of ``nodes`` (in program order) given ``env``; with ``lifted`` all algebra is in float64."""
+    values: dict[fx.Node, Any] = {k: lift(v) for k, v in env.items()} if lifted else dict(env)
+
+    def argument(n: fx.Node) -> Any:
+        if n not in values:
+            values[n] = _outside(n, values, prologue)
+        return values[n]
+
+    with compat.no_dispatch_modes(), torch.no_grad():
+        for node in nodes:
+            if node.op != "call_function":
+                argument(node)
+                continue
+            args = fx.node.map_arg(node.args, argument)
+            kwargs = fx.node.map_arg(node.kwargs, argument)
+            if lifted:
+                args = tuple(lift(a) for a in args)
+                kwargs = {k: lift(a) for k, a in kwargs.items()}
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values
+
+
+def _outside(node: fx.Node, values: dict[fx.Node, Any], prologue: fx.GraphModule | None) -> Any:
+    """A node that the pieces read but nobody drew: a symbolic size, or a value that the prologue computes."""
+    if PROLOGUE in node.meta and prologue is not None:
+        holders = [n for n in node.graph.find_nodes(op="placeholder") if PROLOGUE in n.meta]
+        (output,) = prologue.graph.find_nodes(op="output")
+        by_name = {n.target: v for n, v in values.items() if n.op == "placeholder"}
+        return _transformed(output.args[0][holders.index(node)], by_name)  # type: ignore[index]
+    return concrete(node.meta.get("val"))
+
+
+def _transformed(node: Any, by_name: Mapping[Any, Any]) -> Any:
+    if node.op == "placeholder":
+        return by_name[node.target]
+    return node.target(*(_transformed(a, by_name) for a in node.args))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[torch.Generator]:
+    """A generator of our own, outside of any dispatch mode; the global state of torch is not touched."""
+    with compat.no_dispatch_modes():
+        yield torch.Generator().manual_seed(seed)

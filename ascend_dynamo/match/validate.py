@@ -1,0 +1,81 @@
+"""Translation validation: before and after of one match, run on numbers at the site's own shapes, strides and dtypes.
+
+The algebra is compared in float64, where erf and tanh, or 1e-5 and 1e-6, cannot hide behind rounding; then the result
+at the site's dtype must be as near to the float64 value as eager's is, within a budget of a few units of rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ascend_dynamo.contracts import Match
+from ascend_dynamo.errors import PatternError
+from ascend_dynamo.ir.facts import PROLOGUE
+from ascend_dynamo.match.agree import algebra_tolerance, differs_at_dtype, differs_in_algebra
+from ascend_dynamo.match.evaluate import draw, run, seeded
+
+SEEDS = (0x5EED, 0xA5CE)
+
+
+def validate_rewrite(
+    name: str, m: Match, results: Sequence[fx.Node], new: Sequence[fx.Node], prologue: fx.GraphModule
+) -> None:
+    """Compare the matched nodes with their replacement on seeded random inputs.
+
+    Raises:
+        PatternError: they differ; the message says at which output, by how much, and for which input shapes.
+    """
+    old = sorted(m.nodes)
+    inputs = boundary(old, new)
+    for seed in SEEDS:
+        with seeded(seed) as generator:
+            limit = smallest_extent(inputs)
+            env = {n: draw(n.meta["val"], generator, limit) for n in inputs}
+        for lifted in (True, False):
+            before = run(old, env, prologue, lifted)
+            after = run([n for n in new if n not in env], env, prologue, lifted)
+            exact = None if lifted else run(old, env, prologue, True)
+            for i, (a, b) in enumerate(zip(m.outputs, results, strict=True)):
+                was, now = before[a], after[b] if b in after else before[b]
+                if exact is None:
+                    fault = differs_in_algebra(was, now, algebra_tolerance((*old, *new)))
+                else:
+                    fault = differs_at_dtype(was, now, exact[a])
+                if fault:
+                    where = "in float64" if lifted else f"at {was.dtype}"
+                    shapes = ", ".join(f"%{n.name}{list(v.shape)}" for n, v in env.items())
+                    raise PatternError(
+                        f'pattern "{name}": validation of the match at %{m.anchor.name} failed {where}: output {i} '
+                        f"{fault}, for inputs {shapes}"
+                    )
+
+
+def boundary(old: Sequence[fx.Node], new: Sequence[fx.Node]) -> list[fx.Node]:
+    """Tensors that before and after read from outside, in program order; prologue values are computed, not drawn."""
+    inside = {*old, *new}
+    found: dict[fx.Node, None] = {}
+    for node in (*old, *new):
+        for source in node.all_input_nodes:
+            drawn = source not in inside and PROLOGUE not in source.meta
+            if drawn and isinstance(source.meta.get("val"), torch.Tensor):
+                found[source] = None
+    for node in _owners(new):
+        found[node] = None
+    return sorted(found)
+
+
+def _owners(new: Sequence[fx.Node]) -> list[fx.Node]:
+    """The parameters behind the prologue values that the new nodes read."""
+    names = {name for node in new for s in node.all_input_nodes if PROLOGUE in s.meta for name in s.meta[PROLOGUE][1]}
+    if not names:
+        return []
+    return [n for n in new[0].graph.find_nodes(op="placeholder") if n.name in names]
+
+
+def smallest_extent(inputs: Sequence[fx.Node]) -> int:
+    """A bound for random integers such that they can index anything here."""
+    sizes = [s for n in inputs for s in n.meta["val"].shape if isinstance(s, int) and s > 0]
+    return min(sizes, default=2)
