@@ -88,12 +88,13 @@ class _Spelling:
             extra = ((3, 0), (4, 0), (5, 3), (6, 3), (7, 2), (8, 1))
             seen.extend(self._observe(sample(i, rank, self.family[0]), planned) for i, rank in extra)
         if any(op in _LAYOUT for o in seen for op, _, _ in (*o.eager.calls, *o.new.calls)):
+            known = {_key(o) for o in seen}
             for name in self.signature.sizes():
                 if self.signature.dims.get(name, (1, None))[0] <= 1:
                     ones = frozenset({name})
-                    seen.extend(
-                        self._observe(sample(i, r, self.family[0], ones), planned) for i, r in ((0, low), (1, high))
-                    )
+                    seen.append(self._observe(sample(0, low, self.family[0], ones), planned))
+                    if _key(seen[-1]) not in known:  # a form of its own: a second sample tells its numbers apart
+                        seen.append(self._observe(sample(1, high, self.family[0], ones), planned))
         groups: dict[Any, list[Observation]] = {}
         for o in seen:
             groups.setdefault(_key(o), []).append(o)

@@ -1,9 +1,9 @@
 """Backtracking match of one alternative at one node.
 
-Work is a linked list of (argument, value, call that has it) still to be matched; a commutative call is the only choice point
-inside a tree, and the users of a bound node are the choices for a further root. What needs every size to be known
-(shapes, literals that follow sizes) is checked at the end, inside the search, so that a wrong order of operands that
-only the shapes tell apart is undone.
+Work is a linked list of (argument, value, call that has it) still to be matched. A commutative call is the only
+choice point inside a tree; the users of a bound node are the choices for a further root. What needs every size to be
+known (shapes, literals that follow sizes) is checked at the end, inside the search, so that a wrong order of operands
+that only the shapes tell apart is undone.
 """
 
 from __future__ import annotations

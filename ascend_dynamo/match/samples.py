@@ -86,10 +86,10 @@ def read_signature(
                 variadic = p.name
         found[label] = tuple(names)
     (first, order), *others = found.items()
-    for label, names in others:
-        if names != order:
+    for label, other in others:
+        if other != order:
             raise PatternError(
-                f'pattern "{pattern}": {first} takes ({", ".join(order)}) but {label} takes ({", ".join(names)}); '
+                f'pattern "{pattern}": {first} takes ({", ".join(order)}) but {label} takes ({", ".join(other)}); '
                 "all spellings and the replacement take the same parameters in the same order"
             )
     for name in order:

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from ascend_dynamo import capture
 from ascend_dynamo.errors import PatternError
 from ascend_dynamo.match.canonical import canonical
+from ascend_dynamo.match.record import record
 from ascend_dynamo.match.samples import Sample, Signature, deciding
 
 aten = torch.ops.aten
@@ -96,7 +97,7 @@ def trace(
     args = arguments(signature, sample, mode, absent)
     try:
         with torch.no_grad(), deciding(planned) as taken:
-            unit = capture.trace(fn, args, fake_mode=mode)
+            unit = record(fn, args, mode) or capture.trace(fn, args, fake_mode=mode)
             before = tuple(_facts_of(leaf) for leaf in _leaves(unit.gm))
             normalize(unit)
     except Exception as error:
