@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import ascend_dynamo.dialect  # noqa: F401  registers torch.ops.ascend
 from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.capture import KeepComposites, make_unit
 from ascend_dynamo.contracts import GraphUnit, Lowering
@@ -102,9 +103,10 @@ class Backend:
             return plain(gm, example_inputs)
         registry = load_registry(options, record)
         options.check_patterns(p.name for p in registry)
-        pipeline = Pipeline(registry, lowering, options)
+        texts = self.texts or bool(options.dump)
+        pipeline = Pipeline(registry, lowering, options, explain=texts)
         try:
-            return _Compilation(pipeline, record, self.texts or bool(options.dump)).run(gm, example_inputs)
+            return _Compilation(pipeline, record, texts).run(gm, example_inputs)
         except (OptionError, ExpectError):
             raise
         except Exception as error:

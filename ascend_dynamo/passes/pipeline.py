@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ascend_dynamo.contracts import GraphUnit, Lowering, Pass, PassResult
 from ascend_dynamo.ir.builder import GraphBuilder
 from ascend_dynamo.ir.facts import GraphFacts
-from ascend_dynamo.ir.verify import Promise, verify
+from ascend_dynamo.ir.verify import promise, verify
 from ascend_dynamo.match import Registry, run_patterns
 from ascend_dynamo.normalize import normalize
 from ascend_dynamo.options import Options
@@ -33,12 +33,13 @@ class Fuse:
 
     registry: Registry
     record: CompileRecord
+    explain: bool = False
     name: str = "fuse"
     before: frozenset[str] = frozenset({"lower"})
     after: frozenset[str] = frozenset({"normalize"})
 
     def run(self, g: GraphUnit, options: Options) -> PassResult:
-        return run_patterns(g, self.registry, options, self.record)
+        return run_patterns(g, self.registry, options, self.record, explain=self.explain)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Pipeline:
     registry: Registry
     lowering: Lowering
     options: Options
+    explain: bool = False
+    """Also collect near misses, which costs time."""
     extra: tuple[Pass, ...] = field(default=())
 
     def run(self, unit: GraphUnit, record: CompileRecord) -> None:
@@ -91,10 +94,10 @@ class Pipeline:
         Raises:
             VerifyError: the graph that came out does not keep the promises of the one that went in.
         """
-        promise = Promise.of(unit)
+        before = promise(unit)
         passes: list[Pass] = [Normalize()]
         if self.options.level > 0:
-            passes.append(Fuse(self.registry, record))
+            passes.append(Fuse(self.registry, record, self.explain))
         passes += [*self.extra, Lower(self.lowering, record)]
         run_passes(passes, unit, self.options, record)
-        verify(unit, promise)
+        verify(unit, before)
