@@ -34,7 +34,7 @@ __all__ = ["RULES", "normalize"]
 
 
 def normalize(unit: GraphUnit) -> PassResult:
-    """Bring ``unit.gm`` into normal form, in place. The generated code is not refreshed: ``gm.recompile()`` does that.
+    """Bring ``unit.gm`` into normal form, in place.
 
     Adds no guard, keeps every write and every random draw in order, and never lets an output share memory with an input
     or another output where the given graph did not.
@@ -57,6 +57,7 @@ def normalize(unit: GraphUnit) -> PassResult:
     copies = memory.restore_copies(graph)
     removed = _remove_unused(graph)
     # A clone that went and came back is no change.
+    unit.gm.recompile()
     changed = w.changed > copies or removed > copies or _clones(graph) != clones
     return PassResult(changed, (f"{w.changed} rewrites, {removed} nodes removed, {copies} copies kept",))
 

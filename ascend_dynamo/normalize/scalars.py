@@ -15,12 +15,8 @@ from ascend_dynamo.normalize.schema import bind
 from ascend_dynamo.normalize.work import Call, Value, Work
 
 _aten = torch.ops.aten
-_NAMES = "add sub mul div eq ne lt le gt ge remainder fmod floor_divide bitwise_and bitwise_or bitwise_xor"
-_TO_TENSOR = {
-    getattr(_aten, name).Scalar: getattr(_aten, name).Tensor
-    for name in _NAMES.split()
-    if "Tensor" in getattr(_aten, name).overloads() and "Scalar" in getattr(_aten, name).overloads()
-}
+# The overloads whose second operand may be a Python number where the schema says Tensor; comparisons may not.
+_TO_TENSOR = {op.Scalar: op.Tensor for op in (_aten.add, _aten.sub, _aten.mul, _aten.div, _aten.true_divide)}
 
 
 def _scalar_overload(w: Work, n: fx.Node) -> Value | None:
@@ -86,9 +82,11 @@ def _pow(w: Work, n: fx.Node) -> Value | None:
         return None
     if exponent == 2:
         return Call(_aten.mul.Tensor, (x, x), tuple(val.shape), val, val.dtype)
-    if exponent == 0.5 and val.dtype.is_floating_point:
+    # In float16, CPU's pow rounds otherwise than sqrt and rsqrt do.
+    exact = val.dtype.is_floating_point and val.dtype != torch.float16
+    if exponent == 0.5 and exact:
         return Call(_aten.sqrt.default, (x,), tuple(val.shape), val, val.dtype)
-    if exponent == -0.5 and val.dtype.is_floating_point:
+    if exponent == -0.5 and exact:
         return Call(_aten.rsqrt.default, (x,), tuple(val.shape), val, val.dtype)
     return None
 
