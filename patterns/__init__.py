@@ -1,0 +1,52 @@
+"""The built-in patterns, one fusion per file. Found through the entry point ``ascend_dynamo.patterns``, like a plugin's."""
+
+from __future__ import annotations
+
+from ascend_dynamo.match import Registry
+
+from . import (
+    add_layer_norm,
+    add_rms_norm,
+    aten_rms_norm,
+    bias_gelu,
+    gelu,
+    gelu_add,
+    gelu_mul,
+    layer_norm,
+    merge_linears,
+    rms_norm,
+    rotary,
+    rotary_complex,
+    rotary_halves,
+    rotary_partial,
+    silu,
+    swiglu,
+)
+from .attention import eager, sdpa
+
+# Read in this order: what raises ATen to the dialect, then what fuses inside the dialect.
+_FILES = (
+    sdpa,
+    eager,
+    rms_norm,
+    aten_rms_norm,
+    layer_norm,
+    gelu,
+    silu,
+    rotary,
+    rotary_halves,
+    rotary_complex,
+    rotary_partial,
+    merge_linears,
+    swiglu,
+    add_rms_norm,
+    add_layer_norm,
+    gelu_add,
+    gelu_mul,
+    bias_gelu,
+)
+
+
+def registry() -> Registry:
+    """All built-in patterns. A value: combine with ``+``, ``.without(names)``, ``.only(names)``."""
+    return Registry([pattern for file in _FILES for pattern in file.PATTERNS])

@@ -1,0 +1,106 @@
+"""Reading calls of the normal form: by schema name with defaults filled in, and refusing with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ascend_dynamo.contracts import Facts, NoMatch, ReasonCode
+
+aten = torch.ops.aten
+ascend = torch.ops.ascend
+convert = torch.ops.prims.convert_element_type.default
+LAYOUT = frozenset((aten.permute.default, aten.reshape.default, aten.expand.default, aten.slice.Tensor))
+
+
+def is_call(n: Any, *targets: Any) -> bool:
+    """True if ``n`` is a call of one of the given overloads."""
+    return isinstance(n, fx.Node) and n.op == "call_function" and n.target in targets
+
+
+def arguments(n: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by schema name; what the call leaves out has the schema's default."""
+    schema = n.target._schema.arguments  # type: ignore[union-attr]
+    given = {s.name: a for s, a in zip(schema, n.args, strict=False)}
+    return {s.name: s.default_value for s in schema if s.has_default_value()} | given | dict(n.kwargs)
+
+
+def number(x: Any) -> float | None:
+    """A Python number as float, else None: symbolic sizes and tensors are not literals."""
+    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else None
+
+
+def refuse(
+    facts: Facts, code: ReasonCode, n: fx.Node, expected: str, found: str, progress: float = 0.0, fix: str = ""
+) -> NoMatch:
+    """A refusal at ``n`` with the user's source line filled in."""
+    return NoMatch(code, n, expected, found, progress, facts.src(n), fix)
+
+
+def dtype(facts: Facts, n: fx.Node) -> torch.dtype:
+    return facts.val(n).dtype
+
+
+def rank(facts: Facts, n: fx.Node) -> int:
+    return facts.val(n).dim()
+
+
+def same_shape(facts: Facts, a: fx.Node, b: fx.Node) -> bool:
+    """True if both have the same rank and every size is known to be equal."""
+    va, vb = facts.val(a), facts.val(b)
+    return va.dim() == vb.dim() and all(facts.known(s == t) for s, t in zip(va.shape, vb.shape, strict=True))
+
+
+def commuted(n: fx.Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Both orders of the first two arguments of a commutative call."""
+    a, b = n.args[0], n.args[1]
+    return (a, b), (b, a)
+
+
+def before_casts(facts: Facts, n: Any) -> tuple[Any, tuple[fx.Node, ...]]:
+    """The source of ``n`` before any lossless upcasts, and those cast nodes, outermost first."""
+    casts: list[fx.Node] = []
+    while is_call(n, convert) and lossless(dtype(facts, n.args[0]), n.args[1]):
+        casts.append(n)
+        n = n.args[0]
+    return n, tuple(casts)
+
+
+def lossless(source: torch.dtype, target: torch.dtype) -> bool:
+    """True if every value of ``source`` is exactly a value of ``target`` (floating point only)."""
+    if source == target:
+        return True
+    if not (source.is_floating_point and target.is_floating_point):
+        return False
+    return torch.promote_types(source, target) == target
+
+
+def last_axis_slice(facts: Facts, n: Any) -> tuple[fx.Node, Any, Any] | None:
+    """(source, start, end) of a slice of the last axis with step 1, else None."""
+    if not is_call(n, aten.slice.Tensor):
+        return None
+    call = arguments(n)
+    source, start, end = call["self"], call["start"], call["end"]
+    if call["step"] != 1 or call["dim"] not in (-1, rank(facts, source) - 1):
+        return None
+    if isinstance(start, fx.Node) or isinstance(end, fx.Node):
+        return None
+    size = facts.val(source).shape[-1]
+    to_the_end = end is None or (isinstance(end, int) and end >= 2**62)
+    return source, start or 0, size if to_the_end else end
+
+
+def leaks(facts: Facts, nodes: Iterable[fx.Node], outputs: Iterable[fx.Node], progress: float) -> NoMatch | None:
+    """A refusal if a replaced node that is not an output of the match is used outside of it."""
+    inside, kept = set(nodes), set(outputs)
+    for n in sorted(inside - kept, key=lambda n: n.name):
+        outside = [u for u in n.users if u not in inside]
+        if outside:
+            what = "the graph's output" if outside[0].op == "output" else f"%{outside[0].name}"
+            fix = "do not return or reuse this intermediate"
+            return refuse(facts, "users", n, "an intermediate used only by the fusion", f"also used by {what}",
+                          progress, fix)  # fmt: skip
+    return None

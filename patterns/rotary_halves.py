@@ -1,0 +1,116 @@
+"""Rotary embedding spelled on the two halves with half-width tables -> ``ascend.rotary``.
+
+Before (gpt-oss, DeepSeek-V3; ``x1, x2: T[B, N, S, K]``, ``c, s: T[B, 1, S, K]``)::
+
+    y = cat([x1 * c - x2 * s, x2 * c + x1 * s], 3)                       # half layout
+    y = the same two, stacked on a new last axis and flattened           # interleaved layout
+
+after: ``y = ascend.rotary(x, cat([c, c], 3), cat([s, s], 3))``, or with each table value repeated twice and
+``interleaved=True``. If ``x1`` and ``x2`` are the members of ``x`` in the same layout, ``x`` is taken; otherwise (DeepSeek
+reads interleaved and writes halves) they are put together first. ``a - b`` and ``a + (-b)`` are the same: bit exact.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import fx
+
+from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
+from ascend_dynamo.match import ProceduralPattern
+
+from ._calls import arguments, ascend, aten, commuted, is_call, leaks, refuse
+from ._rotary import broadcast_table, pair_slices, stacked_pair
+
+
+def halves(x, c, s):  # type: ignore[no-untyped-def]
+    x1, x2 = x.chunk(2, dim=-1)
+    c, s = c.unsqueeze(1), s.unsqueeze(1)
+    return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1)
+
+
+def reads_interleaved(x, c, s):  # type: ignore[no-untyped-def]
+    x1, x2 = x[..., ::2], x[..., 1::2]
+    c, s = c.unsqueeze(1), s.unsqueeze(1)
+    return torch.cat((x1 * c - x2 * s, x1 * s + x2 * c), dim=-1)
+
+
+def interleaved(x, c, s):  # type: ignore[no-untyped-def]
+    x1, x2 = x[..., ::2], x[..., 1::2]
+    c, s = c.unsqueeze(1), s.unsqueeze(1)
+    return torch.stack((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).flatten(-2)
+
+
+class RotaryHalves(ProceduralPattern):
+    name = "rotary_halves"
+    level = 1
+    benefit = 4
+    anchors = (aten.cat.default, aten.reshape.default)
+    domain = Domain(shapes={"x": ("B", "N", "S", "2*K"), "c": ("B", "S", "K"), "s": ("B", "S", "K")})
+    eager = (halves, reads_interleaved, interleaved)
+    emits = frozenset({"ascend.rotary"})
+    before = frozenset({"rotary_partial"})
+
+    def match(self, anchor: fx.Node, facts: Facts) -> Match | NoMatch:
+        woven = is_call(anchor, aten.reshape.default)
+        parts = stacked_pair(facts, anchor, woven)
+        if parts is None:
+            return refuse(facts, "op", anchor, "the two halves of a rotation", "another layout")
+        real, imag, inner = parts
+        found = _products(real, imag)
+        if found is None:
+            return refuse(facts, "op", anchor, "cat([x1 * c - x2 * s, x2 * c + x1 * s])", "other halves", 0.2)
+        x1, x2, c, s, products = found
+        refusal = broadcast_table(facts, anchor, x1, c) or broadcast_table(facts, anchor, x1, s)
+        nodes = frozenset((anchor, real, imag, *inner, *products))
+        refusal = refusal or leaks(facts, nodes, (anchor,), 0.9)
+        if refusal:
+            return refusal
+        x = pair_slices(facts, x1, x2, woven)
+        inputs = {"x": x, "x1": x1, "x2": x2, "c": c, "s": s, "interleaved": woven}
+        return Match(self.name, anchor, nodes, inputs, (anchor,))
+
+    def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
+        woven = m.inputs["interleaved"]
+        x = m.inputs["x"]
+        if x is None:
+            x = _together(b, m.inputs["x1"], m.inputs["x2"], woven)
+        cos = _together(b, m.inputs["c"], m.inputs["c"], woven)
+        sin = _together(b, m.inputs["s"], m.inputs["s"], woven)
+        return (b.op(ascend.rotary.default, x, cos, sin, interleaved=woven),)
+
+    def fuzz_inputs(self, rng: random.Random, dtype: torch.dtype, spelling: int) -> tuple[Any, ...]:
+        b, s, k = rng.choice([1, 2]), rng.choice([1, 3, 5]), rng.choice([1, 3, 4])
+        tables = (torch.randn((rng.choice([1, b]), s, k), dtype=dtype) for _ in range(2))
+        return (torch.randn((b, rng.choice([1, 3]), s, 2 * k), dtype=dtype), *tables)
+
+
+def _products(real: Any, imag: Any) -> tuple[Any, Any, Any, Any, tuple[fx.Node, ...]] | None:
+    """(x1, x2, c, s, the four products) of ``real = x1 * c - x2 * s`` and ``imag = x2 * c + x1 * s``, else None."""
+    if not (is_call(real, aten.sub.Tensor) and is_call(imag, aten.add.Tensor)):
+        return None
+    if arguments(real)["alpha"] != 1 or arguments(imag)["alpha"] != 1:
+        return None
+    four = (*real.args[:2], *imag.args[:2])
+    if not all(is_call(p, aten.mul.Tensor) and all(isinstance(a, fx.Node) for a in p.args) for p in four):
+        return None
+    for x1, c in commuted(real.args[0]):
+        for x2, s in commuted(real.args[1]):
+            for second, first in commuted(imag):
+                if {*second.args} == {x2, c} and {*first.args} == {x1, s}:
+                    return x1, x2, c, s, four
+    return None
+
+
+def _together(b: Builder, first: fx.Node, second: fx.Node, woven: bool) -> fx.Node:
+    """``cat([first, second], -1)``, or with ``woven`` element by element."""
+    *lead, k = first.meta["val"].shape
+    if not woven:
+        return b.op(aten.cat.default, [first, second], len(lead))
+    pair = [b.op(aten.reshape.default, p, [*lead, k, 1]) for p in (first, second)]
+    return b.op(aten.reshape.default, b.op(aten.cat.default, pair, len(lead) + 1), [*lead, 2 * k])
+
+
+PATTERNS = (RotaryHalves(),)
