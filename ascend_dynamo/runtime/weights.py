@@ -17,17 +17,15 @@ from ascend_dynamo import _torch_compat as compat
 _restoring = threading.Lock()  # two graphs of one model may bind at the same time
 
 
-def adjacent(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The tensor ``[sum(n_i), ...]`` whose consecutive slices along axis 0 the ``parts`` already are, or None."""
-    first = parts[0]
-    where = first.data_ptr()
-    storage = first.untyped_storage().data_ptr()
+def are_adjacent(parts: Sequence[torch.Tensor]) -> bool:
+    """True if the ``parts`` already are consecutive slices along axis 0 of one stretch of memory."""
+    where = parts[0].data_ptr()
+    storage = parts[0].untyped_storage().data_ptr()
     for part in parts:
         if part.data_ptr() != where or not part.is_contiguous() or part.untyped_storage().data_ptr() != storage:
-            return None
+            return False
         where += part.numel() * part.element_size()
-    rows = sum(part.shape[0] for part in parts)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    return True
 
 
 def why_not_mergeable(parts: Sequence[torch.Tensor]) -> str:
@@ -47,7 +45,7 @@ def why_not_mergeable(parts: Sequence[torch.Tensor]) -> str:
         return "a weight is empty"
     if any(part.is_inference() for part in parts):
         return "a weight was created in inference mode and cannot be re-stored"
-    if adjacent(parts) is not None:
+    if are_adjacent(parts):
         return ""
     for part in parts:
         if part.untyped_storage().nbytes() != part.numel() * part.element_size():
@@ -58,11 +56,14 @@ def why_not_mergeable(parts: Sequence[torch.Tensor]) -> str:
 
 
 def merge(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Store ``parts`` as slices of one new tensor, which is returned. Call ``why_not_mergeable`` first."""
+    """``[sum(n_i), ...]``, of which ``parts`` ``[n_i, ...]`` become (or already are) the slices along axis 0.
+
+    Call ``why_not_mergeable`` first.
+    """
     with _restoring, torch.no_grad(), compat.no_dispatch_modes():
-        found = adjacent(parts)
-        if found is not None:
-            return found
+        if are_adjacent(parts):
+            rows = sum(part.shape[0] for part in parts)
+            return parts[0].detach().as_strided((rows, *parts[0].shape[1:]), parts[0].stride())
         merged = torch.cat([part.detach() for part in parts])
         row = 0
         for part in parts:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ascend_dynamo.runtime.weights import adjacent, merge, refresh, why_not_mergeable
+from ascend_dynamo.runtime.weights import are_adjacent, merge, refresh, why_not_mergeable
 
 
 def parameters(*rows: int, columns: int = 4) -> list[nn.Parameter]:
@@ -20,7 +20,7 @@ def test_merge_makes_slices_of_one_tensor() -> None:
     assert torch.equal(merged, torch.cat(before))
     assert all(torch.equal(p, b) for p, b in zip(parts, before, strict=True))
     assert merged.untyped_storage().data_ptr() == parts[1].untyped_storage().data_ptr()
-    assert adjacent(parts) is not None and adjacent(parts[::-1]) is None
+    assert are_adjacent(parts) and not are_adjacent(parts[::-1])
 
 
 def test_data_writes_show_through() -> None:
