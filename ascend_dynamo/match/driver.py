@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def run_patterns(
         ExpectError: ``options.expect`` is not met, or (strict) a forced region did not fuse; holds the near misses.
     """
     run = _Run(unit, registry, options, record)
-    run.sweep()
+    with _one_recompile(unit.prologue):
+        run.sweep()
     complaints = unmet(record, options, run.forced)
     if explain or complaints:
         tried = [p for p in run.active if p.name not in run.quarantined]
@@ -68,6 +70,19 @@ def _keep(node: fx.Node) -> bool:
     return node.op != "call_function" or isinstance(node.meta.get("val"), torch.Tensor | type(None))
 
 
+@contextmanager
+def _one_recompile(module: fx.GraphModule) -> Iterator[None]:
+    """Inside, ``module.recompile()`` is put off until the end: each merged weight asks for it, and it is slow."""
+    asked: list[bool] = []
+    module.__dict__["recompile"] = lambda: asked.append(True)
+    try:
+        yield
+    finally:
+        del module.__dict__["recompile"]
+        if asked:
+            module.recompile()
+
+
 class _Run:
     def __init__(self, unit: GraphUnit, registry: Registry, options: Any, record: CompileRecord) -> None:
         self.unit = unit
@@ -80,6 +95,7 @@ class _Run:
         self.heap: list[tuple[tuple[int, ...], fx.Node, int, Entry]] = []
         self.queued: set[tuple[fx.Node, Entry]] = set()
         self.watch: dict[fx.Node, list[tuple[fx.Node, Entry]]] = {}
+        self.fresh: list[fx.Node] = []  # new calls, of which the sites above have not been told
         self.lineage: dict[fx.Node, Counter[str]] = {}
         self.failed: dict[tuple[str, fx.Node], None] = {}
         nodes = list(unit.gm.graph.nodes)
@@ -99,14 +115,14 @@ class _Run:
         for p in self.active:
             rank = precedence[p.name]
             if not isinstance(p, DeclarativePattern):
-                found.append(Entry(rank, p, None))
+                found.append(Entry.of(rank, p, None))
                 continue
             try:
                 alternatives = dict.fromkeys(a for d in dtypes for a in p.alternatives(d))
             except PatternError as error:
                 self.quarantine(p.name, error, "tracing")
                 continue
-            found.extend(Entry((*rank, i), p, a) for i, a in enumerate(alternatives))
+            found.extend(Entry.of((*rank, i), p, a) for i, a in enumerate(alternatives))
         return found
 
     def push(self, node: fx.Node) -> None:
@@ -122,16 +138,24 @@ class _Run:
             heapq.heappush(self.heap, (entry.rank, node, len(self.queued), entry))
 
     def sweep(self) -> None:
+        """Work the queue off. What a rewrite may have enabled below the current precedence waits until all of one
+        stratum has been tried; then those sites are queued again, all at once.
+        """
         heap = self.heap
-        while heap:
-            _, node, _, entry = heapq.heappop(heap)
+        stratum = 0
+        while heap or self.fresh:
+            if self.fresh and (not heap or heap[0][0][0] > stratum):
+                self.requeue()
+                continue
+            rank, node, _, entry = heapq.heappop(heap)
+            stratum = rank[0]
             self.queued.discard((node, entry))
             if node.prev.next is not node or entry.pattern.name in self.quarantined:
                 continue
             try:
                 found = self.match(node, entry)
             except Exception as error:
-                self.quarantine(entry.pattern.name, error, str(node))
+                self.quarantine(entry.pattern.name, error, node.name)
                 continue
             if isinstance(found, Match):
                 self.apply(found, entry)
@@ -180,21 +204,36 @@ class _Run:
             total = own if total is None else total | own
         return Counter(total or {})
 
-    def revisit(self, new: Iterable[fx.Node], sources: set[fx.Node]) -> None:
-        """Queue what may match now: new nodes, what lies above them, and sites that a lost user unblocks."""
-        seen: set[fx.Node] = set()
-        ring = list(new)
-        for _ in range(self.index.depth):
-            upper: list[fx.Node] = []
-            for node in ring:
-                if node not in seen:
-                    seen.add(node)
-                    self.push(node)
-                    upper.extend(node.users)
-            ring = upper
+    def revisit(self, new: list[fx.Node], sources: set[fx.Node]) -> None:
+        """Queue what has new operators just below it, and the sites that a lost user unblocks."""
+        self.fresh.extend(new)
+        for node in new:
+            self.push(node)
+            for user in node.users:
+                self.push(user)
+                for second in user.users:
+                    self.push(second)
         for source in sources:
             for node, entry in self.watch.pop(source, ()):
                 self.enqueue(node, entry)
+
+    def requeue(self) -> None:
+        """Queue every site that may see a call which rewrites have added since the last time."""
+        ring = [n for n in self.fresh if n.prev.next is n]
+        ops = frozenset(id(n.target) for n in ring)
+        self.fresh.clear()
+        seen: set[fx.Node] = set(ring)
+        for distance in range(self.index.depth):
+            upper: list[fx.Node] = []
+            for node in ring:
+                for entry in self.index.candidates(node):
+                    if entry.may_see(distance, ops):
+                        self.enqueue(node, entry)
+                for user in node.users:
+                    if user not in seen:
+                        seen.add(user)
+                        upper.append(user)
+            ring = upper
 
     def quarantine(self, name: str, error: BaseException, site: str) -> None:
         message = f"{type(error).__name__}: {error}"

@@ -15,6 +15,7 @@ from torch import fx
 
 from ascend_dynamo.match.terms import Alternative, Call
 
+DEPTH = 12  # of procedural patterns that do not say
 Path = tuple[int, ...]  # ids of operators; overloads live as long as the process
 
 
@@ -25,32 +26,44 @@ class Entry:
     rank: tuple[int, ...]
     pattern: Any
     alternative: Alternative | None
+    height: int = 1  # how far below its anchor a match can reach
+    ops: frozenset[int] | None = None  # operators that it contains; None: unknown
+
+    @classmethod
+    def of(cls, rank: tuple[int, ...], pattern: Any, alternative: Alternative | None) -> Entry:
+        """An entry with what can be read off the alternative."""
+        if alternative is None:
+            return cls(rank, pattern, None, getattr(pattern, "depth", DEPTH))
+        ops = frozenset(id(c.op) for c in alternative.calls)
+        return cls(rank, pattern, alternative, max(map(height, alternative.roots)), ops)
+
+    def may_see(self, distance: int, ops: frozenset[int]) -> bool:
+        """Whether new calls of ``ops``, ``distance`` below a node, can make this match there."""
+        return distance < self.height and (self.ops is None or not self.ops.isdisjoint(ops))
 
 
 class Index:
-    """``candidates(node)`` lists the entries to try at a node; ``depth`` is how far above a change a match can end."""
+    """``candidates(node)`` lists the entries to try at a node; ``depth`` is the greatest height of an entry."""
 
     def __init__(self, entries: Iterable[Entry], counts: Counter[int]) -> None:
         self._flat: dict[int, list[Entry]] = {}
         self._two: dict[Path, list[Entry]] = {}
         self._three: dict[Path, list[Entry]] = {}
         self._deep: set[int] = set()
-        depth = 1
+        self.depth = 1
         for entry in entries:
+            self.depth = max(self.depth, entry.height)
             if entry.alternative is None:
                 for op in entry.pattern.anchors:
                     self._flat.setdefault(id(op), []).append(entry)
-                depth = max(depth, getattr(entry.pattern, "depth", 12))
                 continue
             path = _rarest(entry.alternative.roots[0], counts)
-            depth = max(depth, height(entry.alternative.roots[0]))
             if len(path) == 1:
                 self._flat.setdefault(path[0], []).append(entry)
             else:
                 self._deep.add(path[0])
                 table = self._two if len(path) == 2 else self._three
                 table.setdefault(path, []).append(entry)
-        self.depth = depth
 
     def candidates(self, node: fx.Node) -> list[Entry]:
         """Entries whose path the node has, each once, in no particular order."""
@@ -76,11 +89,6 @@ class Index:
                         seen.add(path)
                         out.extend(three[path])
         return out
-
-    def anchored(self, node: fx.Node) -> bool:
-        """False if no pattern ends with the node's operator."""
-        op = id(node.target)
-        return op in self._flat or op in self._deep
 
 
 def count_ops(nodes: Iterable[fx.Node]) -> Counter[int]:
