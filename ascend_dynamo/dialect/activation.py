@@ -107,7 +107,7 @@ SPECS = (
         gelu_add,
         _binary_fake,
         _gelu_add_f64,
-        c_ulp=2.0,
+        c_ulp=4.0,
         samples=_binary_samples,
     ),
     OpSpec(
@@ -116,7 +116,7 @@ SPECS = (
         bias_gelu,
         _binary_fake,
         _bias_gelu_f64,
-        c_ulp=2.0,
+        c_ulp=4.0,
         samples=_binary_samples,
         row_scale=_bias_gelu_scale,
     ),
@@ -126,7 +126,7 @@ SPECS = (
         gelu_mul,
         _binary_fake,
         _gelu_mul_f64,
-        c_ulp=2.0,
+        c_ulp=4.0,
         samples=_binary_samples,
     ),
     OpSpec(
@@ -135,7 +135,7 @@ SPECS = (
         swiglu,
         _swiglu_fake,
         _swiglu_f64,
-        c_ulp=2.0,
+        c_ulp=4.0,
         samples=_swiglu_samples,
     ),
 )

@@ -226,7 +226,7 @@ SPECS = (
         moe_gate,
         _moe_gate_fake,
         _moe_gate_f64,
-        c_ulp=16.0,
+        c_ulp=8.0,
         samples=_moe_gate_samples,
     ),
     OpSpec(

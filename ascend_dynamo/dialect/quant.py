@@ -21,11 +21,22 @@ def dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     scale 0; a row with an infinity or NaN gives q = 0 and a scale that is not finite, so that only that row is
     poisoned.
     """
-    wide = x.to(torch.float32)
+    q, scale = _quantise_rows(x)
+    return q.to(torch.int8).contiguous(), scale.to(torch.float32)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype in which scales and quotients are computed."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """dynamic_quant before its casts: integral values, and scales, in the wide dtype."""
+    wide = x.to(_wide(x))
     scale = wide.abs().amax(dim=-1) / 127.0
     usable = (scale > 0) & (scale < float("inf"))
     q = torch.round(wide / torch.where(usable, scale, 1.0).unsqueeze(-1)).clamp(-127, 127)
-    return torch.where(usable.unsqueeze(-1), q, 0.0).to(torch.int8).contiguous(), scale
+    return torch.where(usable.unsqueeze(-1), q, 0.0), scale
 
 
 def _dynamic_quant_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,6 +48,11 @@ def dynamic_quant_f64(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.maximum(x.max(-1).values, -x.min(-1).values) / 127
     bad = ~((scale > 0) & torch.isfinite(scale)).unsqueeze(-1)
     return (x / scale.unsqueeze(-1)).masked_fill(bad, 0.0), scale
+
+
+def _dynamic_quant_scale(x: Tensor) -> tuple[Tensor, None]:
+    """A quotient's error is relative to 127."""
+    return x.new_tensor(127.0), None
 
 
 def _dynamic_quant_samples(d: Draw) -> Iterator[Sample]:
@@ -100,7 +116,7 @@ def quant_linear(
     levels = unpack_weight(weight, bits)
     n, k = levels.shape
     if x.is_floating_point() and act == "none":
-        w = levels.to(torch.float32)
+        w = levels.to(_wide(x))
         if weight_zero is not None:
             w = w - spread_scale(weight_zero, block_n, block_k, n, k)
         w = (w * spread_scale(weight_scale, block_n, block_k, n, k)).to(x.dtype)
@@ -108,18 +124,20 @@ def quant_linear(
     groups = (1, k) if block_k < 0 else (k // block_k, block_k)
     q, scale = _quantise(x.unflatten(-1, groups), x_scale, act)  # [*B,G,g] and broadcastable to [*B,G]
     dots = torch.einsum("...gk,ngk->...gn", q.to(torch.float64), levels.unflatten(-1, groups).to(torch.float64))
-    per_row = spread_scale(weight_scale, block_n, -1, n, k).to(torch.float32)  # [N,G]
-    y = (dots.to(torch.float32) * scale.unsqueeze(-1) * per_row.t()).sum(-2)
-    return (y if bias is None else y + bias.to(torch.float32)).to(dtype).contiguous()
+    per_row = spread_scale(weight_scale, block_n, -1, n, k).to(scale.dtype)  # [N,G]
+    y = (dots.to(scale.dtype) * scale.unsqueeze(-1) * per_row.t()).sum(-2)
+    return (y if bias is None else y + bias.to(scale.dtype)).to(dtype).contiguous()
 
 
 def _quantise(x: Tensor, x_scale: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
+    """Integral values [*B,G,g] and their scales, broadcastable to [*B,G]."""
     if act == "dynamic":
-        return dynamic_quant(x)
+        return _quantise_rows(x)
     assert x_scale is not None
-    scale = x_scale.to(torch.float32)
     if act == "static":
-        return torch.round(x.to(torch.float32) / scale).clamp(-128, 127), scale.reshape(1)
+        scale = x_scale.to(_wide(x)).reshape(1)
+        return torch.round(x.to(scale.dtype) / scale).clamp(-128, 127), scale
+    scale = x_scale.to(_wide(x_scale))
     return x, scale.reshape(1) if scale.dim() == 0 or scale.shape == (1,) else scale.unsqueeze(-1)
 
 
@@ -177,16 +195,17 @@ def _weight_f64(weight: Tensor, bits: int, zero: Tensor | None, scale: Tensor, b
 
 
 def _activation_f64(x: Tensor, x_scale: Tensor | None, act: str, block_k: int) -> Tensor:
-    """x after its trip through int8, by quotients in float32, since where they round is part of the meaning."""
+    """x after its trip through int8; float32 values divide in float32, since where a quotient rounds is meaning."""
     if x.is_floating_point() and act == "none":
         return x
+    single = x.float() if torch.equal(x.float().double(), x.double()) else x
     if act == "dynamic":
-        grouped = x.float().reshape(*x.shape[:-1], -1, block_k if block_k > 0 else x.shape[-1])
+        grouped = single.reshape(*x.shape[:-1], -1, block_k if block_k > 0 else x.shape[-1])
         scale = grouped.abs().max(-1, keepdim=True).values / 127
         return (torch.round(grouped / scale) * scale.double()).double().nan_to_num(0.0).reshape(x.shape)
     assert x_scale is not None
     if act == "static":
-        return torch.round(x.float() / x_scale.float()).clamp(-128, 127).double() * x_scale
+        return torch.round(single / x_scale.to(single.dtype)).clamp(-128, 127).double() * x_scale
     return x.double() * (x_scale.unsqueeze(-1) if x_scale.dim() == x.dim() - 1 else x_scale)
 
 
@@ -258,6 +277,7 @@ SPECS = (
         dynamic_quant_f64,
         c_ulp=2.0,
         samples=_dynamic_quant_samples,
+        row_scale=_dynamic_quant_scale,
     ),
     OpSpec(
         "quant_linear",

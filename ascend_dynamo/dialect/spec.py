@@ -111,16 +111,21 @@ class OpSpec:
     def mutates(self) -> bool:
         return "!" in self.signature
 
+    def lift_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments without rounding: float64 tensors and dtypes, and ``compute`` where it was defaulted."""
+        args, kwargs = lift((tuple(args), dict(kwargs)))
+        return args, {"compute": torch.float64, **kwargs} if " compute=" in self.signature else kwargs
+
     def f64(self, *args: Any, **kwargs: Any) -> Any:
         """The formula on float64 copies of the arguments."""
-        args, kwargs = lift((args, kwargs))
+        args, kwargs = self.lift_call(args, kwargs)
         return self.formula(*args, **kwargs)
 
     def scale64(self, *args: Any, **kwargs: Any) -> Any:
         """The row scales of the rounding budget for these arguments, or None for the default."""
         if self.row_scale is None:
             return None
-        args, kwargs = lift((args, kwargs))
+        args, kwargs = self.lift_call(args, kwargs)
         return self.row_scale(*args, **kwargs)
 
     def judge(self, new: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Disagreement | None:
