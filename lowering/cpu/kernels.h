@@ -25,15 +25,35 @@ struct Linear {
   bool gated;
 };
 
+// softmax(softcap(q @ k^T * scale) + bias, masked) @ v, streamed over the keys; row r of the result is query r.
+// Strides are (batch, head, row) in elements for q, k, v, y, whose last axis is contiguous, and (batch, head, row,
+// key) for bias and mask, 0 where broadcast. Hq is a multiple of Hk: query head h reads key head h / (Hq / Hk).
+struct Attention {
+  const void *q, *k, *v;
+  void* y;
+  const void* bias;     // additive, bf16 or float, or null
+  const bool* mask;     // true = visible, or null
+  const float* sinks;   // [Hq]: a logit per head that takes weight but has no value, or null
+  bool bias_is_float;
+  int64_t batch, hq, hk, sq, sk, d, dv;
+  int64_t q_stride[3], k_stride[3], v_stride[3], y_stride[3], bias_stride[4], mask_stride[4];
+  float scale, softcap;    // softcap 0: none
+  int64_t last;            // key j is visible to query i iff j <= i + last
+  int64_t window;          // and j > i + last - window
+  float empty;             // value of a row that sees no key
+};
+
 // Runs body(i) for i in [0, count) on torch's threads; the order of the calls is unspecified.
 void parallel(int64_t count, const std::function<void(int64_t)>& body);
 int threads();
 
-// Needs AVX-512 F, BW, VL, DQ and BF16: ask isa() first.
+// Need AVX-512 F, BW, VL, DQ and BF16: ask isa() first.
 #if defined(__x86_64__)
 void linear_bf16(const Linear& p);
+void attention_bf16(const Attention& p);
 #else
 inline void linear_bf16(const Linear&) {}
+inline void attention_bf16(const Attention&) {}
 #endif
 
 enum class Isa { portable, avx512_bf16, amx_bf16 };

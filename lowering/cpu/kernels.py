@@ -5,11 +5,18 @@ or copied, so writes to the weight show), bias [N]; y = act(x @ w.T + bias) + ot
 is none, relu, silu, gelu or gelu_tanh; with ``_mul`` appended (or ``"mul"`` alone) other is multiplied in instead of
 added; ``"swiglu"`` takes w [2N, K] (gate rows, then up rows) and gives silu(gate) * up. Sums, activation and epilogue
 are fp32, rounded once. What the kernels do not cover (other dtypes, processors, layouts) runs on ATen, same meaning.
+
+``flash_attention(q, k, v, *, bias, mask, sinks, scale, causal, window, softcap, empty_row)`` is the dialect's operator
+of that name without ``empty_row="uniform"``. The result is [B, Hq, Sq, Dv] laid out as [B, Sq, Hq, Dv]: the head merge
+that follows is a view.
+
+The ``*_portable`` twins never enter our kernels; tests compare with them.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -29,12 +36,17 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], rows))
 
 
+def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
+
+
 @functools.cache
 def load() -> None:
     """Compile (the first time) and register everything in ``torch.ops.ascend_cpu``. LoweringError if impossible."""
     build.load()
-    for name in ("linear", "linear_portable"):
-        torch.library.register_fake(f"ascend_cpu::{name}", _linear_fake)
+    for suffix in ("", "_portable"):
+        torch.library.register_fake(f"ascend_cpu::linear{suffix}", _linear_fake)
+        torch.library.register_fake(f"ascend_cpu::flash_attention{suffix}", _attention_fake)
 
 
 def isa() -> str:

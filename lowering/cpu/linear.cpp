@@ -6,7 +6,7 @@
 // is read as it lies.
 #include <algorithm>
 
-#include "simd.h"
+#include "tile.h"
 
 namespace ascend_cpu {
 namespace {
@@ -15,9 +15,6 @@ constexpr int64_t kGemvRows = 3;       // with more rows of x the tiles are fast
 constexpr int64_t kGemvLanes = 4;      // sums kept per weight row
 constexpr int64_t kGemvBytes = 65536;  // weight bytes of one work item
 constexpr int64_t kGemvBlock = 256;    // and at most so many weight rows
-
-inline __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-inline __m512bh load_pairs(const bf16* p, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, p); }
 
 // The sums over the lanes of each of four vectors.
 inline __m128 sum_lanes(const __m512 (&v)[4]) {
@@ -107,73 +104,8 @@ void few_rows(const Linear& p) {
   });
 }
 
-constexpr int kTileRows = 8;    // weight rows of one register tile
-constexpr int kTileUnits = 3;   // times 16 rows of x: 8 x 3 sums, 3 loads and a broadcast fit in 32 registers
-constexpr int64_t kUnit = 16;   // rows of x in one vector
 constexpr int64_t kBlock = 64;  // weight rows of one work item
-
-inline int32_t pair_at(const bf16* p) {
-  int32_t v;
-  __builtin_memcpy(&v, p, 4);
-  return v;
-}
-
-// out[r][lane] = dot(rows[r], x row of the lane), for MV units of packed x. Rows `ahead` elements on are prefetched.
-template <int MV>
-void tile(const bf16* const* rows, const bf16* xp, int64_t unit_stride, int64_t k, int64_t ahead, float* out) {
-  __m512 acc[kTileRows][MV];
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 3
-    for (int v = 0; v < MV; ++v) acc[r][v] = _mm512_setzero_ps();
-  const bf16 *w0 = rows[0], *w1 = rows[1], *w2 = rows[2], *w3 = rows[3], *w4 = rows[4], *w5 = rows[5], *w6 = rows[6],
-             *w7 = rows[7];
-  const auto step = [&](int64_t i, auto pair) __attribute__((always_inline)) {
-    __m512bh x[MV];
-#pragma GCC unroll 3
-    for (int v = 0; v < MV; ++v) x[v] = load_pairs(xp + v * unit_stride + i * 16);
-    const bf16* w[kTileRows] = {w0, w1, w2, w3, w4, w5, w6, w7};
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-      const __m512bh b = (__m512bh)_mm512_set1_epi32(pair(w[r] + i));
-#pragma GCC unroll 3
-      for (int v = 0; v < MV; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x[v], b);
-    }
-  };
-  int64_t i = 0;
-  for (; i + 32 <= k; i += 32) {
-    // The next tile's rows, while the weight is still in memory: eight short streams start slowly on their own.
-    if (ahead != 0)
-      for (const bf16* w : {w0, w1, w2, w3, w4, w5, w6, w7}) _mm_prefetch(w + i + ahead, _MM_HINT_T1);
-    for (int64_t j = 0; j < 32; j += 2) step(i + j, pair_at);
-  }
-  for (; i + 2 <= k; i += 2) step(i, pair_at);
-  if (i < k) step(i, [](const bf16* p) { return static_cast<int32_t>(*p); });
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 3
-    for (int v = 0; v < MV; ++v) _mm512_store_ps(out + (r * kTileUnits + v) * kUnit, acc[r][v]);
-}
-
-using Tile = void (*)(const bf16* const*, const bf16*, int64_t, int64_t, int64_t, float*);
-constexpr Tile kTiles[kTileUnits] = {tile<1>, tile<2>, tile<3>};
-
-// Packs rows [16u, 16u + 16) of x: [k / 2][row][2], rows beyond m and an odd last k zero.
-void pack_unit(const Linear& p, int64_t u, bf16* to) {
-  const bf16* x = static_cast<const bf16*>(p.x);
-  for (int64_t k = 0; k < p.k; k += 32) {
-    __m512i r[16];
-    const __mmask32 mask = mask32(p.k - k);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      const int64_t row = u * kUnit + i;
-      r[i] = row < p.m ? _mm512_maskz_loadu_epi16(mask, x + row * p.x_stride + k) : _mm512_setzero_si512();
-    }
-    transpose16(r);
-    const int64_t pairs = std::min<int64_t>(16, (p.k - k + 1) / 2);
-    for (int64_t i = 0; i < pairs; ++i) _mm512_store_si512(to + (k / 2 + i) * 32, r[i]);
-  }
-}
+constexpr int64_t kPackAlone = 131072;  // elements of x that one thread packs sooner than two have been woken
 
 // The sums of one block of weight rows, [row][unit of the panel][lane], to rows of y.
 void finish_block(const Linear& p, int64_t i0, int64_t j0, int64_t count, int64_t units, const float* sums,
@@ -201,7 +133,18 @@ struct Packed;
 void many_rows(const Linear& p) {
   const int64_t units = (p.m + kUnit - 1) / kUnit, pairs = (p.k + 1) / 2, unit_stride = pairs * 2 * kUnit;
   bf16* packed = static_cast<bf16*>(scratch<Packed>(units * unit_stride * sizeof(bf16)));
-  parallel(units, [&](int64_t u) { pack_unit(p, u, packed + u * unit_stride); });
+  const auto pack = [&](int64_t u) {
+    const bf16* rows[16];
+    for (int64_t i = 0; i < kUnit; ++i) {
+      const int64_t row = u * kUnit + i;
+      rows[i] = row < p.m ? static_cast<const bf16*>(p.x) + row * p.x_stride : nullptr;
+    }
+    pack_unit(rows, p.k, packed + u * unit_stride);
+  };
+  if (p.m * p.k <= kPackAlone)
+    for (int64_t u = 0; u < units; ++u) pack(u);
+  else
+    parallel(units, pack);
 
   const int64_t panels = (units + kTileUnits - 1) / kTileUnits, blocks = (p.n + kBlock - 1) / kBlock;
   const int64_t groups = std::clamp<int64_t>((4 * threads() + blocks - 1) / blocks, 1, panels);

@@ -1,0 +1,324 @@
+// bf16 attention on AVX-512-BF16, in one pass over the keys (flash attention) with the queries in the lanes.
+//
+// The scores of a block of keys are computed transposed, [key][query], with rows of k broadcast against packed
+// queries. So softmax is elementwise over vectors (no sums across lanes), and its result, paired along the keys,
+// already is the packed operand of the second product, against which pairs of v are broadcast. All query heads that
+// share a key head are rows of one problem: grouped heads need no repeated k and v, and one decode step fills lanes.
+#include <limits>
+
+#include "tile.h"
+
+namespace ascend_cpu {
+namespace {
+
+constexpr int64_t kKeys = 128;  // keys of one block
+constexpr int kMaxRows = kTileUnits * kUnit;
+constexpr float kLog2e = 1.44269504f;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// 2^x for x <= 0, to 2e-7; exact 0 for -inf, NaN stays NaN.
+inline __m512 exp2_ps(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-200.f), x);
+  const __m512 n = _mm512_roundscale_ps(x, 8);
+  const __m512 f = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.3390863e-3f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6188262e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5503324e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022648e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// cap * tanh(x / cap)
+inline __m512 cap_score(__m512 x, float cap) {
+  const __m512 one = _mm512_set1_ps(1.f), two = _mm512_set1_ps(2.f);
+  const __m512 e = exp_ps(_mm512_mul_ps(x, _mm512_set1_ps(2.f / cap)));
+  return _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(e, one))));
+}
+
+// Pairs of value rows, [key / 2][dv rounded up to 16][2]; rows beyond count and columns beyond dv are zero.
+void pack_values(const bf16* v, int64_t stride, int64_t count, int64_t dv, int64_t width, bf16* to) {
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t j = 0; j < count; j += 2)
+    for (int64_t i = 0; i < width; i += 32) {
+      const __mmask32 mask = i < dv ? mask32(dv - i) : 0;
+      const __m512i a = _mm512_maskz_loadu_epi16(mask, v + j * stride + i);
+      const __m512i b = j + 1 < count ? _mm512_maskz_loadu_epi16(mask, v + (j + 1) * stride + i)
+                                      : _mm512_setzero_si512();
+      bf16* at = to + j * width + 2 * i;
+      _mm512_store_si512(at, _mm512_permutex2var_epi16(a, low, b));
+      if (i + 16 < width) _mm512_store_si512(at + 32, _mm512_permutex2var_epi16(a, high, b));
+    }
+}
+
+// o[d][unit] = o * alpha + sum over key pairs of v[pair][d] * p[pair][unit], for 8 values of d.
+template <int MV>
+void values_tile(const bf16* v, int64_t width, const bf16* p, int64_t pairs, const __m512* alpha, float* o) {
+  __m512 acc[kTileRows][MV];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+    for (int u = 0; u < MV; ++u)
+      acc[r][u] = _mm512_mul_ps(_mm512_load_ps(o + (r * kTileUnits + u) * kUnit), alpha[u]);
+  for (int64_t j = 0; j < pairs; ++j) {
+    __m512bh x[MV];
+#pragma GCC unroll 3
+    for (int u = 0; u < MV; ++u) x[u] = load_pairs(p + (j * kTileUnits + u) * 32);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      const __m512bh b = (__m512bh)_mm512_set1_epi32(pair_at(v + j * 2 * width + 2 * r));
+#pragma GCC unroll 3
+      for (int u = 0; u < MV; ++u) acc[r][u] = _mm512_dpbf16_ps(acc[r][u], x[u], b);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+    for (int u = 0; u < MV; ++u) _mm512_store_ps(o + (r * kTileUnits + u) * kUnit, acc[r][u]);
+}
+
+using ValuesTile = void (*)(const bf16*, int64_t, const bf16*, int64_t, const __m512*, float*);
+constexpr ValuesTile kValuesTiles[kTileUnits] = {values_tile<1>, values_tile<2>, values_tile<3>};
+
+// The additive mask of one row for keys [j, j + 16), times log2(e).
+inline __m512 row_bias(const Attention& p, const void* bias, const bool* mask, int64_t j, __mmask16 live) {
+  __m512 v = _mm512_setzero_ps();
+  if (bias) {
+    v = p.bias_is_float ? _mm512_maskz_loadu_ps(live, static_cast<const float*>(bias) + j)
+                        : load(static_cast<const bf16*>(bias) + j, live);
+    v = _mm512_mul_ps(v, _mm512_set1_ps(kLog2e));
+  }
+  if (mask) {
+    const __mmask16 hidden = _mm_mask_testn_epi8_mask(live, _mm_maskz_loadu_epi8(live, mask + j), _mm_set1_epi8(-1));
+    v = _mm512_mask_mov_ps(v, hidden, _mm512_set1_ps(-kInf));
+  }
+  return v;
+}
+
+// Where the rows of one unit are.
+struct Unit {
+  int64_t head[kUnit], query[kUnit];
+  const void* bias[kUnit];
+  const bool* mask[kUnit];
+  bool same_bias;  // one bias row serves all lanes
+  int64_t first, last;  // smallest and largest query
+  __m512i upto, after;  // each lane sees the keys in (after, upto]
+};
+
+struct Item {
+  const Attention& p;
+  int64_t b, head, row0, rows;  // key head; rows [row0, row0 + rows) of its (group, query) rows
+  const bf16* packed_values;    // of this key head, or null
+};
+
+Unit locate(const Item& it, int64_t u) {
+  const Attention& p = it.p;
+  Unit unit;
+  alignas(64) int32_t upto[kUnit], after[kUnit];
+  unit.first = p.sq;
+  unit.last = -1;
+  unit.same_bias = true;
+  for (int64_t i = 0; i < kUnit; ++i) {
+    const int64_t row = it.row0 + std::min(u * kUnit + i, it.rows - 1);  // spare lanes repeat the last row
+    const int64_t h = it.head * (p.hq / p.hk) + row / p.sq, q = row % p.sq;
+    unit.head[i] = h;
+    unit.query[i] = q;
+    unit.first = std::min(unit.first, q);
+    unit.last = std::max(unit.last, q);
+    upto[i] = static_cast<int32_t>(std::clamp<int64_t>(q + p.last, -1, p.sk - 1));
+    after[i] = static_cast<int32_t>(std::clamp<int64_t>(q + p.last - p.window, -1, p.sk));
+    const int64_t size = p.bias_is_float ? 4 : 2;
+    unit.bias[i] = p.bias ? static_cast<const char*>(p.bias) + size * (it.b * p.bias_stride[0] +
+                                h * p.bias_stride[1] + q * p.bias_stride[2]) : nullptr;
+    unit.mask[i] = p.mask ? p.mask + it.b * p.mask_stride[0] + h * p.mask_stride[1] + q * p.mask_stride[2] : nullptr;
+    unit.same_bias = unit.same_bias && unit.bias[i] == unit.bias[0] && unit.mask[i] == unit.mask[0];
+  }
+  unit.upto = _mm512_load_si512(upto);
+  unit.after = _mm512_load_si512(after);
+  return unit;
+}
+
+// Scales, caps and masks the scores of keys [j0, j0 + count) of one unit in place, times log2(e), and returns the
+// larger of their maximum and `top`. s is [key][kTileUnits][kUnit].
+__m512 mask_scores(const Attention& p, const Unit& unit, int64_t j0, int64_t count, float* s, __m512 top) {
+  const bool biased = p.bias || p.mask;
+  const __m512 scale = _mm512_set1_ps(p.softcap > 0 ? p.scale : p.scale * kLog2e);
+  const __m512 hidden = _mm512_set1_ps(-kInf);
+  for (int64_t j = 0; j < count; j += 16) {
+    const int64_t live = std::min<int64_t>(16, count - j);
+    __m512i bias[16];
+    if (biased) {
+      const int rows = unit.same_bias ? 1 : 16;
+      for (int i = 0; i < rows; ++i)
+        bias[i] = _mm512_castps_si512(row_bias(p, unit.bias[i], unit.mask[i], j0 + j, mask16(live)));
+      if (rows == 16) transpose16(bias);
+    }
+    for (int64_t i = 0; i < live; ++i) {
+      float* at = s + (j + i) * kMaxRows;
+      __m512 v = _mm512_mul_ps(_mm512_load_ps(at), scale);
+      if (p.softcap > 0) v = _mm512_mul_ps(cap_score(v, p.softcap), _mm512_set1_ps(kLog2e));
+      const __m512i key = _mm512_set1_epi32(static_cast<int32_t>(j0 + j + i));
+      __mmask16 seen = _mm512_cmple_epi32_mask(key, unit.upto) & _mm512_cmpgt_epi32_mask(key, unit.after);
+      if (biased) {
+        const __m512i lane = _mm512_set1_epi32(static_cast<int>(i));
+        const __m512 add = _mm512_castsi512_ps(unit.same_bias ? _mm512_permutexvar_epi32(lane, bias[0]) : bias[i]);
+        v = _mm512_add_ps(v, add);
+        // A masked score is replaced, even if it is NaN; an additive -inf is added.
+        if (p.mask) seen &= _mm512_cmp_ps_mask(add, hidden, _CMP_NEQ_UQ);
+      }
+      v = _mm512_mask_mov_ps(hidden, seen, v);
+      _mm512_store_ps(at, v);
+      top = _mm512_max_ps(v, top);
+    }
+  }
+  return top;
+}
+
+// exp2(s * scale - top) as pairs of bf16 along the keys; returns their sum. A missing second key counts nothing.
+__m512 exponentials(const float* s, int64_t count, __m512 scale, __m512 top, bf16* to) {
+  alignas(64) static constexpr uint16_t kPair[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i pair = _mm512_load_si512(kPair);
+  __m512 sum = _mm512_setzero_ps(), sum1 = sum;
+  const auto emit = [&](int64_t j, __m512 a, __m512 b) {
+    sum = _mm512_add_ps(sum, a);
+    sum1 = _mm512_add_ps(sum1, b);
+    const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    _mm512_store_si512(to + j * kMaxRows, _mm512_permutexvar_epi16(pair, words));
+  };
+  const auto weight = [&](int64_t j) {
+    return exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(s + j * kMaxRows), scale, top));
+  };
+  int64_t j = 0;
+  for (; j + 2 <= count; j += 2) emit(j, weight(j), weight(j + 1));
+  if (j < count) emit(j, weight(j), _mm512_setzero_ps());
+  return _mm512_add_ps(sum, sum1);
+}
+
+struct Queries;
+struct Values;
+
+void attend(const Item& it) {
+  const Attention& p = it.p;
+  const int64_t units = (it.rows + kUnit - 1) / kUnit, width = (p.dv + 15) / 16 * 16;
+  const int64_t unit_stride = (p.d + 1) / 2 * 2 * kUnit;
+  bf16* packed = static_cast<bf16*>(scratch<Queries>(units * unit_stride * sizeof(bf16)));
+  bf16* values = it.packed_values ? nullptr : static_cast<bf16*>(scratch<Values>(kKeys * width * sizeof(bf16)));
+  struct Sums;
+  float* o = static_cast<float*>(scratch<Sums>(width * kMaxRows * sizeof(float)));
+  std::fill(o, o + width * kMaxRows, 0.f);
+  alignas(64) float s[kKeys * kMaxRows];
+  alignas(64) bf16 weights[kKeys * kMaxRows];
+
+  Unit unit[kTileUnits];
+  __m512 top[kTileUnits], total[kTileUnits], alpha[kTileUnits];
+  int64_t end = 0, begin = p.sk, always_end = p.sk, always_begin = 0;
+  for (int64_t u = 0; u < units; ++u) {
+    unit[u] = locate(it, u);
+    const bf16* rows[16];
+    alignas(64) float sink[kUnit];
+    for (int64_t i = 0; i < kUnit; ++i) {
+      rows[i] = static_cast<const bf16*>(p.q) + it.b * p.q_stride[0] + unit[u].head[i] * p.q_stride[1] +
+                unit[u].query[i] * p.q_stride[2];
+      sink[i] = p.sinks ? p.sinks[unit[u].head[i]] * kLog2e : -kInf;
+    }
+    pack_unit(rows, p.d, packed + u * unit_stride);
+    top[u] = _mm512_load_ps(sink);
+    total[u] = _mm512_set1_ps(p.sinks ? 1.f : 0.f);
+    // Keys [begin, end) are seen by some lane, keys [always_begin, always_end) by all.
+    end = std::max(end, std::min(p.sk, unit[u].last + p.last + 1));
+    always_end = std::min(always_end, unit[u].first + p.last + 1);
+    begin = std::min(begin, std::max<int64_t>(0, unit[u].first + p.last - p.window + 1));
+    always_begin = std::max(always_begin, unit[u].last + p.last - p.window + 1);
+  }
+
+  const __m512 scale = _mm512_set1_ps(p.scale * kLog2e), one = _mm512_set1_ps(1.f);
+  const bf16* k = static_cast<const bf16*>(p.k) + it.b * p.k_stride[0] + it.head * p.k_stride[1];
+  const bf16* v = static_cast<const bf16*>(p.v) + it.b * p.v_stride[0] + it.head * p.v_stride[1];
+  for (int64_t j0 = begin / kKeys * kKeys; j0 < end; j0 += kKeys) {
+    const int64_t count = std::min(kKeys, end - j0), pairs = (count + 1) / 2;
+    for (int64_t j = 0; j < count; j += kTileRows) {
+      const bf16* rows[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) rows[r] = k + (j0 + std::min(j + r, count - 1)) * p.k_stride[2];
+      kTiles[units - 1](rows, packed, unit_stride, p.d, 0, s + j * kMaxRows);
+    }
+    const bool plain = !p.bias && !p.mask && p.softcap == 0 && p.scale > 0 && j0 >= always_begin &&
+                       j0 + count <= always_end;
+    for (int64_t u = 0; u < units; ++u) {
+      float* mine = s + u * kUnit;
+      __m512 now = top[u];
+      if (plain) {
+        __m512 raw = _mm512_set1_ps(-kInf);
+        for (int64_t j = 0; j < count; ++j) raw = _mm512_max_ps(_mm512_load_ps(mine + j * kMaxRows), raw);
+        now = _mm512_max_ps(_mm512_mul_ps(raw, scale), now);
+      } else {
+        now = mask_scores(p, unit[u], j0, count, mine, now);
+      }
+      // A lane that has seen nothing yet has -inf here, and -inf - -inf must not become NaN.
+      const __mmask16 none = _mm512_cmp_ps_mask(now, _mm512_set1_ps(-kInf), _CMP_EQ_OQ);
+      const __m512 base = _mm512_mask_mov_ps(now, none, _mm512_setzero_ps());
+      alpha[u] = exp2_ps(_mm512_sub_ps(top[u], base));
+      const __m512 sum = exponentials(mine, count, plain ? scale : one, base, weights + u * 32);
+      total[u] = _mm512_fmadd_ps(total[u], alpha[u], sum);
+      top[u] = now;
+    }
+    const bf16* block = it.packed_values + j0 * width;
+    if (!it.packed_values) {
+      pack_values(v + j0 * p.v_stride[2], p.v_stride[2], count, p.dv, width, values);
+      block = values;
+    }
+    for (int64_t d = 0; d < p.dv; d += kTileRows)
+      kValuesTiles[units - 1](block + 2 * d, width, weights, pairs, alpha, o + d * kMaxRows);
+  }
+
+  for (int64_t u = 0; u < units; ++u) {
+    const __mmask16 empty = _mm512_cmp_ps_mask(total[u], _mm512_setzero_ps(), _CMP_EQ_OQ);
+    const __m512 inverse = _mm512_div_ps(one, total[u]);
+    for (int64_t d = 0; d < p.dv; d += 16) {
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i) {
+        const __m512 sum = _mm512_mul_ps(_mm512_load_ps(o + (d + i) * kMaxRows + u * kUnit), inverse);
+        r[i] = _mm512_castps_si512(_mm512_mask_mov_ps(sum, empty, _mm512_set1_ps(p.empty)));
+      }
+      transpose16(r);
+      const int64_t rows = std::min(kUnit, it.rows - u * kUnit);
+      for (int64_t i = 0; i < rows; ++i)
+        store(static_cast<bf16*>(p.y) + it.b * p.y_stride[0] + unit[u].head[i] * p.y_stride[1] +
+                  unit[u].query[i] * p.y_stride[2] + d,
+              _mm512_castsi512_ps(r[i]), mask16(p.dv - d));
+    }
+  }
+}
+
+struct AllValues;
+
+}  // namespace
+
+void attention_bf16(const Attention& p) {
+  const int64_t rows = p.hq / p.hk * p.sq, units = (rows + kUnit - 1) / kUnit;
+  const int64_t panels = (units + kTileUnits - 1) / kTileUnits, heads = p.batch * p.hk;
+  const int64_t width = (p.dv + 15) / 16 * 16, blocks = (p.sk + kKeys - 1) / kKeys;
+  // One pair of rows more than sk: the last block is packed whole.
+  const int64_t head_size = (p.sk + 1) / 2 * 2 * width;
+  bf16* values = nullptr;
+  if (panels > 1) {
+    values = static_cast<bf16*>(scratch<AllValues>(heads * head_size * sizeof(bf16)));
+    parallel(heads * blocks, [&](int64_t i) {
+      const int64_t b = i / blocks / p.hk, h = i / blocks % p.hk, j = i % blocks * kKeys;
+      const bf16* v = static_cast<const bf16*>(p.v) + b * p.v_stride[0] + h * p.v_stride[1] + j * p.v_stride[2];
+      pack_values(v, p.v_stride[2], std::min(kKeys, p.sk - j), p.dv, width, values + i / blocks * head_size + j * width);
+    });
+  }
+  // Heads stay together for the cache; under a causal mask the last rows are the longest, so they go first.
+  parallel(heads * panels, [&](int64_t i) {
+    const int64_t head = i / panels, panel = panels - 1 - i % panels;
+    const int64_t u0 = units * panel / panels, u1 = units * (panel + 1) / panels;
+    attend({p, head / p.hk, head % p.hk, u0 * kUnit, std::min(rows, u1 * kUnit) - u0 * kUnit,
+            values ? values + head * head_size : nullptr});
+  });
+}
+
+}  // namespace ascend_cpu
