@@ -275,3 +275,12 @@ def plain_inference(gm: fx.GraphModule, example_inputs: Sequence[Any], *, eager:
         return run
 
     return aot_compile(gm, example_inputs, compiler, None if eager else inductor_decompositions())
+
+
+def symbolic_fakes(tensors: Sequence[torch.Tensor]) -> tuple[Any, list[Any]]:
+    """A fake mode with a shape environment, and fakes whose sizes above 1 are symbols (equal sizes share one)."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    return mode, [mode.from_tensor(t, static_shapes=False) for t in tensors]

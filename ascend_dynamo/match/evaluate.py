@@ -1,15 +1,16 @@
-"""Running pieces of a graph on numbers: at their own dtypes, or with every float lifted to float64."""
+"""Running graphs and pieces of graphs on numbers: at their own dtypes, or with every float lifted to float64."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from ascend_dynamo import _torch_compat as compat
+from ascend_dynamo.contracts import GraphUnit
 from ascend_dynamo.ir.facts import PROLOGUE
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -58,7 +59,8 @@ def run(
 
     def argument(n: fx.Node) -> Any:
         if n not in values:
-            values[n] = _outside(n, values, prologue)
+            outside = _outside(n, values, prologue)
+            values[n] = lift(outside) if lifted else outside
         return values[n]
 
     with compat.no_dispatch_modes(), torch.no_grad():
@@ -75,8 +77,27 @@ def run(
     return values
 
 
+def run_unit(unit: GraphUnit, args: Sequence[Any], lifted: bool = False) -> list[Any]:
+    """The outputs of a whole graph on copies of ``args`` (one per placeholder that the prologue does not fill)."""
+    graph = unit.gm.graph
+    given = [n for n in graph.find_nodes(op="placeholder") if PROLOGUE not in n.meta]
+    env = dict(zip(given, (a.clone() if isinstance(a, torch.Tensor) else a for a in args), strict=True))
+    (output,) = graph.find_nodes(op="output")
+    values = run([n for n in graph.nodes if n.op == "call_function"], env, unit.prologue, lifted)
+    if lifted:
+        values = {**{n: lift(v) for n, v in env.items()}, **values}
+    with compat.no_dispatch_modes():
+        results = [values[o] if isinstance(o, fx.Node) else o for o in output.args[0]]  # type: ignore[union-attr]
+        return [r.clone() if isinstance(r, torch.Tensor) else r for r in results]
+
+
 def _outside(node: fx.Node, values: dict[fx.Node, Any], prologue: fx.GraphModule | None) -> Any:
-    """A node that the pieces read but nobody drew: a symbolic size, or a value that the prologue computes."""
+    """A node that the pieces read but nobody drew: a constant, a symbolic size, or a value of the prologue."""
+    if node.op == "get_attr":
+        found: Any = node.graph.owning_module
+        for part in str(node.target).split("."):
+            found = getattr(found, part)
+        return found
     if PROLOGUE in node.meta and prologue is not None:
         holders = [n for n in node.graph.find_nodes(op="placeholder") if PROLOGUE in n.meta]
         (output,) = prologue.graph.find_nodes(op="output")

@@ -73,9 +73,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def record(fn: Callable[..., Any], args: Sequence[Any], mode: Any) -> GraphUnit | None:
-    """``fn(*args)`` as a captured graph, or None if it needs a full capture. Tensors among ``args`` are fakes of ``mode``.
+    """``fn(*args)`` as a captured graph, or None if it needs a full capture.
 
-    The module of the unit has no code: it is for reading. Raises what ``fn`` raises.
+    Tensors among ``args`` are fakes of ``mode``. The module of the unit has no code: it is for reading. Raises what
+    ``fn`` raises.
     """
     graph = fx.Graph()
     recorder = _Recorder(graph)

@@ -1,0 +1,190 @@
+"""Fuzzing a pattern over its declared domain: it must fire where it says so, and wherever it fires it must be right.
+
+Each case is captured, normalised and rewritten by this pattern alone, then run against what it was. After that the
+captured graph is changed in one small way at a time (alpha, another dim, an exchanged operand, a write in between...)
+and whatever the pattern still rewrites is compared with the changed graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+from ascend_dynamo import _torch_compat as compat
+from ascend_dynamo import capture
+from ascend_dynamo.contracts import GraphUnit, Pattern
+from ascend_dynamo.match.agree import differs_at_dtype, differs_in_algebra, liftable
+from ascend_dynamo.match.cases import Case, draw_case
+from ascend_dynamo.match.driver import run_patterns
+from ascend_dynamo.match.evaluate import run_unit
+from ascend_dynamo.match.finding import Finding
+from ascend_dynamo.match.mutate import copy_unit, mutated, mutations
+from ascend_dynamo.match.registry import Registry
+from ascend_dynamo.options import Options
+from ascend_dynamo.report.records import CompileRecord
+
+MUTATIONS = 24  # per case after the first of a spelling, which gets all of them
+ENOUGH = 8  # findings after which a pattern is known to be broken
+
+
+def fuzz(pattern: Pattern, budget: int = 20, seed: int = 0, among: Iterable[Pattern] = ()) -> list[Finding]:
+    """Faults of ``pattern`` in ``budget`` cases drawn from its domain; the same seed draws the same cases.
+
+    ``among`` are patterns that may run before it, where it matches what they make.
+    """
+    run = _Fuzz(pattern, random.Random(f"{pattern.name} {seed}"), tuple(among))
+    dtypes = [d for d in pattern.domain.dtypes if d.is_floating_point] or list(pattern.domain.dtypes)
+    for i in range(max(budget, len(pattern.eager))):
+        dtype = dtypes[(i // len(pattern.eager) + i) % len(dtypes)]
+        run.one(i, dtype)
+        if len(run.findings) >= ENOUGH:
+            break
+    return list(dict.fromkeys(run.findings))
+
+
+@dataclass
+class _Fuzz:
+    pattern: Any
+    rng: random.Random
+    among: tuple[Any, ...]
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def level(self) -> int:
+        """Bits are promised only if every rewrite that may have taken part promises them."""
+        return max((self.pattern.level, *(p.level for p in self.among)))
+
+    def one(self, index: int, dtype: torch.dtype) -> None:
+        try:
+            case = draw_case(self.pattern, index, self.rng, dtype)
+            unit = capture_case(case, self.pattern)
+        except Exception as error:
+            fn = self.pattern.eager[index % len(self.pattern.eager)]
+            self.found(
+                "inputs", f"{getattr(fn, '__name__', fn)} cannot be run: {type(error).__name__}: {error}", str(dtype)
+            )
+            return
+        self.positive(case, unit)
+        with _quiet():
+            self.hostile(index, case, unit)
+
+    def hostile(self, index: int, case: Case, unit: GraphUnit) -> None:
+        hostile = list(mutations(unit))
+        if index >= len(self.pattern.eager):
+            hostile = self.rng.sample(hostile, min(MUTATIONS, len(hostile)))
+        for mutation in hostile:
+            changed = mutated(unit, mutation)
+            if changed is not None and len(self.findings) < ENOUGH:
+                self.compare(changed, case, f"{case.text}; {mutation.text}", "hostile", [])
+
+    def positive(self, case: Case, unit: GraphUnit) -> None:
+        expected: list[Any] = []
+        with contextlib.suppress(Exception), torch.no_grad():
+            given = [a.clone() if isinstance(a, torch.Tensor) else a for a in case.args]
+            out = case.fn(*given)
+            expected = list(out) if isinstance(out, (tuple, list)) else [out]
+        record = self.compare(unit, case, case.text, "domain", expected)
+        if record is not None and case.must_fire and not record.count(self.pattern.name):
+            misses = [m for m in record.missed if m.pattern == self.pattern.name]
+            if self.pattern.domain.requires is not None and any(m.progress >= 1.0 for m in misses):
+                return  # its own check refused, as it may
+            why = max(misses, key=lambda m: m.progress).reason if misses else "no anchor was tried"
+            self.found("silent", f"does not fire on its own spelling: {why}", case.text)
+
+    def compare(
+        self, unit: GraphUnit, case: Case, text: str, check: str, expected: Sequence[Any]
+    ) -> CompileRecord | None:
+        """Rewrite a copy of ``unit`` and compare it with ``unit`` (and with what eager gave)."""
+        after = copy_unit(unit)
+        record = self.rewrite(after, text, ())
+        if record is not None and not record.fired and self.among:
+            after = copy_unit(unit)
+            record = self.rewrite(after, text, self.among)
+        if record is None or not record.fired:
+            return record
+        nodes = [n for u in (unit, after) for n in u.gm.graph.nodes]
+        exact = liftable(nodes)
+        inputs = case.tensors()
+        try:
+            with compat.no_dispatch_modes():
+                was64, was = run_unit(unit, inputs, lifted=True), run_unit(unit, inputs)
+        except Exception:
+            return record  # the changed graph itself does not run
+        try:
+            with compat.no_dispatch_modes():
+                now64, now = run_unit(after, inputs, lifted=True), run_unit(after, inputs)
+        except Exception as error:
+            self.found(check, f"what it makes does not run: {type(error).__name__}: {error}", text)
+            return record
+        for i, (a, b, a64, b64) in enumerate(zip(was, now, was64, now64, strict=True)):
+            fault = differs_in_algebra(a64, b64, exact)
+            where = "in float64"
+            if not fault:
+                fault, where = differs_at_dtype(a, b, a64, self.level if check == "domain" else 2), f"at {a.dtype}"
+            if not fault and i < len(expected):
+                fault, where = differs_at_dtype(expected[i], b, a64, 2), "from eager"
+            if fault:
+                self.found(check, f"output {i} differs {where} {fault}", text)
+                return record
+        return record
+
+    def rewrite(self, unit: GraphUnit, text: str, among: Sequence[Any]) -> CompileRecord | None:
+        options = Options(level=3, plugins=(), strict=False, validate=False)
+        record = CompileRecord()
+        with _quiet():
+            try:
+                run_patterns(unit, Registry((*among, self.pattern)), options, record)
+            except Exception as error:
+                self.found("crash", f"{type(error).__name__}: {error}", text)
+                return None
+        for q in record.quarantined:
+            self.found("crash", q.error, text)
+        return record
+
+    def found(self, check: str, sentence: str, case: str) -> None:
+        self.findings.append(Finding(self.pattern.name, check, sentence, case))
+
+
+def capture_case(case: Case, pattern: Any) -> GraphUnit:
+    """The case as a normalised unit; its tensors but the first are parameters unless the pattern says which are."""
+    from ascend_dynamo.normalize import normalize
+
+    tensors = case.tensors()
+    mode: Any = None
+    fakes: dict[int, Any] = {}
+    if case.dynamic:
+        mode, symbolic = compat.symbolic_fakes(tensors)
+        fakes = {id(t): f for t, f in zip(tensors, symbolic, strict=True)}
+    else:
+        mode = FakeTensorMode()
+    with torch.no_grad():
+        unit = capture.trace(case.fn, [fakes.get(id(a), a) for a in case.args], fake_mode=mode)
+    placeholders = unit.gm.graph.find_nodes(op="placeholder")
+    which: Iterable[int] = getattr(pattern, "fuzz_params", range(1, len(placeholders)))
+    unit.params = tuple(placeholders[i].name for i in which if i < len(placeholders))
+    normalize(unit)
+    return unit
+
+
+_LOUD = ("ascend_dynamo.match", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Quarantines are findings here, not log lines; and that a changed graph does not run is no news either."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    before = [(logger, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in before:
+            logger.setLevel(level)
