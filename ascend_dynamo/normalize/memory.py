@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ascend_dynamo.ir.effects import is_opaque, node_effects, roots, viewed, written
+from ascend_dynamo.ir.effects import effects_of, node_effects, roots, viewed, written
 
 _aten = torch.ops.aten
 _COPY = _aten.copy_.default
@@ -20,11 +20,14 @@ Sinks = dict[tuple[fx.Node, int], frozenset[fx.Node]]
 
 
 class Memory:
-    """Facts about memory, taken from the graph as captured, before any rule runs."""
+    """Facts about memory, taken from the graph as captured, before any rule runs.
+
+    Opaque calls get ``meta["promised_strides"]``, one entry per tensor argument, if they have none yet.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.output: fx.Node = next(iter(graph.find_nodes(op="output")))
-        self.writes = [n for n in graph.nodes if n.op == "call_function" and node_effects(n).writes]
+        self.writes = _scan(graph)
         self._sinks: Sinks = {}
         for i, leaf in enumerate(pytree.tree_leaves(self.output.args)):
             if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.Tensor):
@@ -98,14 +101,33 @@ class Memory:
         return count
 
 
-def record_strides(graph: fx.Graph) -> None:
-    """Note what opaque calls were promised: ``meta["promised_strides"]``, one entry per tensor argument."""
+def _scan(graph: fx.Graph) -> list[fx.Node]:
+    """The calls that write. On the way, notes what opaque calls were promised (``meta["promised_strides"]``)."""
+    writes: list[fx.Node] = []
+    plain: dict[int, bool] = {}  # by id of the target: neither writes nor looks at strides
     for n in graph.nodes:
-        if n.op == "call_function" and is_opaque(n) and "promised_strides" not in n.meta:
-            tensors = [a.meta.get("val") for a in pytree.tree_leaves((n.args, n.kwargs)) if isinstance(a, fx.Node)]
-            n.meta["promised_strides"] = tuple(
-                tuple(t.stride()) if t.layout == torch.strided else None for t in tensors if isinstance(t, torch.Tensor)
-            )
+        if n.op != "call_function":
+            continue
+        known = plain.get(id(n.target))
+        if known is None:
+            effects = effects_of(n.target)
+            known = plain[id(n.target)] = not effects.writes and not effects.opaque
+        if known:
+            continue
+        effects = node_effects(n)
+        if effects.writes:
+            writes.append(n)
+        if effects.opaque and "promised_strides" not in n.meta:
+            n.meta["promised_strides"] = _strides(n)
+    return writes
+
+
+def _strides(n: fx.Node) -> tuple[Any, ...]:
+    """The strides of each tensor argument, None for one that is not strided."""
+    tensors = [a.meta.get("val") for a in pytree.tree_leaves((n.args, n.kwargs)) if isinstance(a, fx.Node)]
+    return tuple(
+        tuple(t.stride()) if t.layout == torch.strided else None for t in tensors if isinstance(t, torch.Tensor)
+    )
 
 
 def _copy(graph: fx.Graph, value: fx.Node, before: fx.Node) -> fx.Node:

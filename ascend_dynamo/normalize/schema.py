@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-_SIMPLE = (int, float, bool, str, type(None))
+_SIMPLE = frozenset({int, float, bool, str, type(None)})
 
 
 class Signature(NamedTuple):
@@ -39,33 +39,36 @@ def signature(target: Any) -> Signature | None:
 
 def bind(n: fx.Node) -> list[Any]:
     """All positional arguments of a call, defaults filled in."""
+    args = list(n.args)
     sig = signature(n.target)
     assert sig is not None
-    args = list(n.args)
     for i in range(len(args), len(sig.names)):
         args.append(n.kwargs.get(sig.names[i], sig.defaults[i]))
     return args
 
 
-def trim(n: fx.Node) -> bool:
+def trim(n: fx.Node, sig: Signature) -> bool:
     """Write the call in its shortest form: positional where possible, nothing that equals its default."""
-    sig = signature(n.target)
-    if sig is None:
+    args: Any = n.args
+    kwargs: Any = n.kwargs
+    if not kwargs and (not args or type(args[-1]) is fx.Node):
         return False
-    args: list[Any] = list(n.args)
-    kwargs: dict[str, Any] = dict(n.kwargs)
+    count = len(kwargs)
     if kwargs:
+        kwargs = dict(kwargs)
         moved = [i for i in range(len(args), len(sig.names)) if sig.names[i] in kwargs]
-        for i in range(len(args), moved[-1] + 1 if moved else 0):
-            args.append(kwargs.pop(sig.names[i], sig.defaults[i]))
+        if moved:
+            rest = range(len(args), moved[-1] + 1)
+            args = (*args, *(kwargs.pop(sig.names[i], sig.defaults[i]) for i in rest))
         kwargs = {k: v for k, v in kwargs.items() if k not in sig.keywords or not _equal(v, sig.keywords[k])}
-    while args and _equal(args[-1], sig.defaults[len(args) - 1]):
-        args.pop()
+    keep = len(args)
+    while keep and _equal(args[keep - 1], sig.defaults[keep - 1]):
+        keep -= 1
     changed = False
-    if len(args) != len(n.args):
-        n.args = tuple(args)
+    if keep != len(n.args):
+        n.args = tuple(args[:keep])
         changed = True
-    if len(kwargs) != len(n.kwargs):
+    if len(kwargs) != count:
         n.kwargs = kwargs
         changed = True
     return changed
@@ -76,6 +79,8 @@ def _default(argument: Any) -> Any:
 
 
 def _equal(value: Any, default: Any) -> bool:
+    if default is REQUIRED:
+        return False
     if isinstance(value, (list, tuple)):
         return isinstance(default, (list, tuple)) and len(value) == len(default) and all(map(_equal, value, default))
     return value is default or (type(value) in _SIMPLE and type(default) in _SIMPLE and value == default)

@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from ascend_dynamo.contracts import GraphUnit
-from ascend_dynamo.ir.effects import node_effects
 from ascend_dynamo.ir.fakes import FakeCache, fake_mode_of
 from ascend_dynamo.ir.provenance import copy_provenance
 from ascend_dynamo.ir.sym import SymEmitter
@@ -91,13 +90,8 @@ class Work:
             node.args, node.kwargs = value.args, {}
 
     def merge(self, node: fx.Node) -> None:
-        """Replace a kept node by an equal earlier one, if there is one and the node may be merged."""
-        effects = node_effects(node)
-        if not effects.pure or effects.opaque:
-            return
+        """Replace a kept node, which may be merged, by an equal earlier one, if there is one."""
         key = call_key(node.target, node.args, node.kwargs)
-        if key is None:
-            return
         found = self._table.setdefault(key, node)
         if found is not node:
             self.replace(node, found)
@@ -126,7 +120,8 @@ class Work:
 
 def call_key(target: Any, args: tuple[Any, ...], kwargs: Any = None) -> Any:
     """A hashable key, equal only for equal calls: 1, 1.0 and True differ, and so do 0.0 and -0.0."""
-    key = (target, tuple(map(_key, args)))
+    # By id: hashing an operator overload takes longer than all the rest.
+    key = (id(target), tuple([a if type(a) is fx.Node else _key(a) for a in args]))
     if kwargs:
         key = (*key, tuple((k, _key(v)) for k, v in sorted(kwargs.items())))  # type: ignore[assignment]
     return key
@@ -137,7 +132,7 @@ def _key(a: Any) -> Any:
     if t is fx.Node or t is int:
         return a
     if isinstance(a, (list, tuple)):
-        return tuple(map(_key, a))
+        return tuple([_key(v) for v in a])
     if t is float:
         return ("float", repr(a))
     if t is bool:
