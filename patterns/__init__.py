@@ -1,4 +1,4 @@
-"""The built-in patterns, one fusion per file. Found through the entry point ``ascend_dynamo.patterns``, like a plugin's."""
+"""The built-in patterns, one fusion per file, found by entry point like any plugin's."""
 
 from __future__ import annotations
 

@@ -21,6 +21,11 @@ def is_call(n: Any, *targets: Any) -> bool:
     return isinstance(n, fx.Node) and n.op == "call_function" and n.target in targets
 
 
+def arg(n: fx.Node, i: int) -> Any:
+    """Positional argument ``i``; typed Any, because fx types it as everything that an argument can be."""
+    return n.args[i]
+
+
 def arguments(n: fx.Node) -> dict[str, Any]:
     """All arguments of a call by schema name; what the call leaves out has the schema's default."""
     schema = n.target._schema.arguments  # type: ignore[union-attr]
@@ -56,16 +61,16 @@ def same_shape(facts: Facts, a: fx.Node, b: fx.Node) -> bool:
 
 def commuted(n: fx.Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Both orders of the first two arguments of a commutative call."""
-    a, b = n.args[0], n.args[1]
+    a, b = arg(n, 0), arg(n, 1)
     return (a, b), (b, a)
 
 
 def before_casts(facts: Facts, n: Any) -> tuple[Any, tuple[fx.Node, ...]]:
     """The source of ``n`` before any lossless upcasts, and those cast nodes, outermost first."""
     casts: list[fx.Node] = []
-    while is_call(n, convert) and lossless(dtype(facts, n.args[0]), n.args[1]):
+    while is_call(n, convert) and lossless(dtype(facts, arg(n, 0)), arg(n, 1)):
         casts.append(n)
-        n = n.args[0]
+        n = arg(n, 0)
     return n, tuple(casts)
 
 
@@ -76,21 +81,6 @@ def lossless(source: torch.dtype, target: torch.dtype) -> bool:
     if not (source.is_floating_point and target.is_floating_point):
         return False
     return torch.promote_types(source, target) == target
-
-
-def last_axis_slice(facts: Facts, n: Any) -> tuple[fx.Node, Any, Any] | None:
-    """(source, start, end) of a slice of the last axis with step 1, else None."""
-    if not is_call(n, aten.slice.Tensor):
-        return None
-    call = arguments(n)
-    source, start, end = call["self"], call["start"], call["end"]
-    if call["step"] != 1 or call["dim"] not in (-1, rank(facts, source) - 1):
-        return None
-    if isinstance(start, fx.Node) or isinstance(end, fx.Node):
-        return None
-    size = facts.val(source).shape[-1]
-    to_the_end = end is None or (isinstance(end, int) and end >= 2**62)
-    return source, start or 0, size if to_the_end else end
 
 
 def leaks(facts: Facts, nodes: Iterable[fx.Node], outputs: Iterable[fx.Node], progress: float) -> NoMatch | None:

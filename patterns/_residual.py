@@ -8,7 +8,7 @@ from torch import fx
 
 from ascend_dynamo.contracts import Facts, NoMatch
 
-from ._calls import arguments, aten, dtype, is_call, refuse, same_shape
+from ._calls import arg, arguments, aten, dtype, is_call, refuse, same_shape
 
 
 def residual_add(facts: Facts, norm: fx.Node, h: Any) -> tuple[fx.Node, fx.Node] | NoMatch:
@@ -21,7 +21,7 @@ def residual_add(facts: Facts, norm: fx.Node, h: Any) -> tuple[fx.Node, fx.Node]
     if not is_call(h, aten.add.Tensor):
         found = h.target if isinstance(h, fx.Node) else repr(h)
         return refuse(facts, "op", norm, "a norm of a residual sum (aten.add)", f"a norm of {found}", 0.3)
-    a, b = h.args[0], h.args[1]
+    a, b = arg(h, 0), arg(h, 1)
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return refuse(facts, "arg", h, "a sum of two tensors", "a tensor plus a number", 0.4)
     alpha = arguments(h)["alpha"]

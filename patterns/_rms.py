@@ -11,7 +11,7 @@ from torch import fx
 
 from ascend_dynamo.contracts import Facts, NoMatch
 
-from ._calls import arguments, aten, commuted, convert, dtype, is_call, lossless, number, rank, refuse
+from ._calls import arg, arguments, aten, commuted, convert, dtype, is_call, lossless, number, rank, refuse
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Weighted:
 
 def statistic(facts: Facts, root: fx.Node) -> Statistic | NoMatch:
     """Read ``root(mean(h * h, last axes, keepdim) + eps)``, ``root`` being rsqrt or sqrt."""
-    inner = root.args[0]
+    inner = arg(root, 0)
     if not is_call(inner, aten.add.Tensor):
         return refuse(facts, "op", root, "the root of mean(x * x) + eps", "the root of something else")
     found = next(((m, number(e)) for m, e in commuted(inner) if isinstance(m, fx.Node) and number(e) is not None), None)
@@ -62,10 +62,10 @@ def statistic(facts: Facts, root: fx.Node) -> Statistic | NoMatch:
         return refuse(facts, "arg", mean, "a mean over the last axes, kept", found_dims, 0.4)
     if call["dtype"] not in (None, dtype(facts, square)):
         return refuse(facts, "dtype", mean, "a mean in the dtype of x * x", f"dtype={call['dtype']}", 0.4)
-    if not is_call(square, aten.mul.Tensor) or square.args[0] is not square.args[1]:
+    if not is_call(square, aten.mul.Tensor) or arg(square, 0) is not arg(square, 1):
         return refuse(facts, "op", mean, "the mean of x * x", "the mean of something else", 0.4)
     nodes.append(square)
-    h = square.args[0]
+    h = arg(square, 0)
     assert isinstance(h, fx.Node)
     return Statistic(h, eps, ndim, exact, nodes)
 
@@ -74,7 +74,7 @@ def _mean_by_sum(facts: Facts, n: fx.Node) -> fx.Node | None:
     """The sum in ``sum(x, dims) / N``, N the number of elements summed."""
     if not is_call(n, aten.div.Tensor, aten.mul.Tensor):
         return None
-    total, factor = n.args[0], number(n.args[1])
+    total, factor = arg(n, 0), number(arg(n, 1))
     if factor is None or not is_call(total, aten.sum.dim_IntList) or arguments(n).get("rounding_mode") is not None:
         return None
     call = arguments(total)
@@ -87,7 +87,7 @@ def _mean_by_sum(facts: Facts, n: fx.Node) -> fx.Node | None:
 
 
 def weighted(facts: Facts, n: fx.Node, x: torch.dtype, sizes: tuple[Any, ...]) -> Weighted:
-    """Follow the only user of ``n`` through casts and the product with a weight of shape ``sizes``, as far as it goes."""
+    """Follow the only user of ``n`` through casts and the product with a weight [*sizes], as far as it goes."""
     compute = dtype(facts, n)
     best = Weighted(n)
     cast = _only(n, convert)
@@ -136,7 +136,7 @@ def _product(
                 break
     # A cast of the weight to the dtype of the product is what the product does anyway.
     if is_call(weight, convert) and dtype(facts, weight) == dtype(facts, n):
-        source = weight.args[0]
+        source = arg(weight, 0)
         assert isinstance(source, fx.Node)
         if lossless(dtype(facts, source), dtype(facts, weight)):
             calls.append(weight)

@@ -9,9 +9,10 @@ Before (Llama, ``x: bf16[*B, H]``, ``w: bf16[H]``)::
 after: ``y = ascend.rms_norm(x, w, eps, cast_before_weight=True)``.
 
 Where the weight enters changes the rounding (a quarter of all bf16 elements), so it is read off the graph: after the
-cast back (Llama; T5's ``x * r`` promotes ``x`` and is the same arithmetic), before it (OLMo, gpt-oss), as ``1 + w`` (Gemma),
-in ``x``'s own dtype without any cast, or not at all. A root that is *rounded* to ``x.dtype`` before the product is none
-of these. ``rms_norm`` is bit exact; ``rms_norm_reordered`` takes ``x / sqrt(..)`` and ``sum / n``, which round otherwise.
+cast back (Llama; T5's ``x * r`` promotes ``x`` and is the same arithmetic), before it (OLMo, gpt-oss), as ``1 + w``
+(Gemma), in ``x``'s own dtype without any cast, or not at all. A root *rounded* to ``x.dtype`` before the product is
+none of these. ``rms_norm`` is bit exact; ``rms_norm_reordered`` takes ``x / sqrt(..)`` and ``sum / n``, which round
+otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Level, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from ._calls import ascend, aten, commuted, convert, dtype, is_call, leaks, lossless, refuse, same_shape
+from ._calls import arg, ascend, aten, commuted, convert, dtype, is_call, leaks, lossless, refuse, same_shape
 from ._rms import statistic, weighted
 from .spellings import rms_norm as spellings
 
@@ -53,11 +54,11 @@ class RmsNorm(ProceduralPattern):
             other = "rms_norm_reordered" if self.exact else "rms_norm"
             return refuse(facts, "level", n, "the reference's own order of operations", f"a case for {other}", 0.9)
         x, casts = stat.h, []
-        if is_call(x, convert) and lossless(dtype(facts, x.args[0]), dtype(facts, x)):
+        if is_call(x, convert) and lossless(dtype(facts, arg(x, 0)), dtype(facts, x)):
             # A cast that others read stays for them; what the norm reads is its source.
             inside = {*stat.nodes, *between, n}
             casts = [x] if all(u in inside for u in x.users) else []
-            x = x.args[0]
+            x = arg(x, 0)
         sizes = tuple(facts.val(x).shape[-stat.ndim :])
         tail = weighted(facts, n, dtype(facts, x), sizes)
         nodes = frozenset((*stat.nodes, *between, *casts, n, *tail.nodes))
@@ -94,7 +95,7 @@ def _normalised(facts: Facts, root: fx.Node, h: fx.Node) -> tuple[fx.Node, tuple
 
     ``h`` may be taken before its upcast: the product with the root promotes it.
     """
-    source = h.args[0] if is_call(h, convert) and lossless(dtype(facts, h.args[0]), dtype(facts, h)) else h
+    source = arg(h, 0) if is_call(h, convert) and lossless(dtype(facts, arg(h, 0)), dtype(facts, h)) else h
     exact = is_call(root, aten.rsqrt.default)
     between: tuple[fx.Node, ...] = ()
     users = list(root.users)
@@ -112,7 +113,7 @@ def _normalised(facts: Facts, root: fx.Node, h: fx.Node) -> tuple[fx.Node, tuple
         return refuse(facts, "dtype", n, "a product in the dtype of the root", found, 0.7, fix)
     pairs = commuted(n) if is_call(n, aten.mul.Tensor) and inverse else ()
     if is_call(n, aten.div.Tensor) and not inverse:
-        pairs = ((n.args[0], n.args[1]),)  # type: ignore[assignment]
+        pairs = ((arg(n, 0), arg(n, 1)),)  # type: ignore[assignment]
     if not any(y in (h, source) and r is root for y, r in pairs):
         return refuse(facts, "op", n, "the input times the reciprocal root", f"{n.target} of something else", 0.6)
     if dtype(facts, n) != dtype(facts, h) or not same_shape(facts, n, h):

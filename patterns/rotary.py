@@ -26,7 +26,8 @@ from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
 from ._calls import arguments, ascend, aten, commuted, is_call, leaks, refuse
-from ._rotary import broadcast_table, negated, pair_slices, stacked_pair
+from ._rotary import broadcast_table, members, negated, stacked_pair
+from ._window import Window, window
 
 
 def _rotate_half(x):  # type: ignore[no-untyped-def]
@@ -73,12 +74,13 @@ class Rotary(ProceduralPattern):
                 found = _rotation(facts, rotated)
                 if found is None:
                     continue
-                x, interleaved, inner = found
-                table = next((t for y, t in commuted(plain) if y is x), None)
-                if not isinstance(table, fx.Node) or not isinstance(sin, fx.Node):
-                    expected = f"the rotated %{x.name} itself times cos"
+                where, interleaved, inner = found
+                pair = next(((y, t) for y, t in commuted(plain) if window(facts, y) == where), None)
+                if pair is None or not isinstance(pair[1], fx.Node) or not isinstance(sin, fx.Node):
+                    expected = f"the rotated {where} itself times cos"
                     best = refuse(facts, "op", plain, expected, "another tensor", 0.7)
                     continue
+                x, table = pair
                 refusal = broadcast_table(facts, anchor, x, table) or broadcast_table(facts, anchor, x, sin)
                 nodes = frozenset((anchor, plain, turned, *inner))
                 refusal = refusal or leaks(facts, nodes, (anchor,), 0.9)
@@ -99,15 +101,15 @@ class Rotary(ProceduralPattern):
         return (torch.randn((b, rng.choice([1, 3]), s, d), dtype=dtype), *tables)
 
 
-def _rotation(facts: Facts, n: Any) -> tuple[fx.Node, bool, tuple[fx.Node, ...]] | None:
-    """(x, interleaved, nodes in between) if ``n`` is rotate_half(x) or rotate_every_two(x)."""
+def _rotation(facts: Facts, n: Any) -> tuple[Window, bool, tuple[fx.Node, ...]] | None:
+    """(where x lies, interleaved, nodes in between) if ``n`` is rotate_half(x) or rotate_every_two(x)."""
     for interleaved in (False, True):
         parts = stacked_pair(facts, n, interleaved)
         if parts is None:
             continue
         first, second, inner = parts
         x2 = negated(first)
-        source = pair_slices(facts, second, x2, interleaved)
+        source = members(facts, second, x2, interleaved)
         if x2 is not None and source is not None:
             return source, interleaved, (*inner, first)
     return None

@@ -20,7 +20,7 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from ._calls import ascend, aten, commuted, is_call, leaks, refuse
+from ._calls import arg, ascend, aten, commuted, is_call, leaks, refuse
 from ._rotary import broadcast_table, flattens_pairs
 
 
@@ -40,17 +40,16 @@ class RotaryComplex(ProceduralPattern):
     emits = frozenset({"ascend.rotary"})
 
     def match(self, anchor: fx.Node, facts: Facts) -> Match | NoMatch:
-        product = anchor.args[0]
-        flat = next(iter(anchor.users), None) if len(anchor.users) == 1 else None
-        if not is_call(product, aten.mul.Tensor) or not is_call(flat, aten.reshape.default):
+        product = arg(anchor, 0)
+        flat = next(iter(anchor.users))
+        if not is_call(product, aten.mul.Tensor) or len(anchor.users) != 1 or not is_call(flat, aten.reshape.default):
             return refuse(facts, "op", anchor, "view_as_real(z * f) flattened", "another use of view_as_real")
-        for z, f in commuted(product):
-            pairs = z.args[0] if is_call(z, aten.view_as_complex.default) else None
-            x = pairs.args[0] if is_call(pairs, aten.reshape.default) else None
-            if x is not None and isinstance(f, fx.Node) and flattens_pairs(facts, x, pairs):
-                break
-        else:
+        found = next(((z, f) for z, f in commuted(product) if _pairs(facts, z) and isinstance(f, fx.Node)), None)
+        if found is None:
             return refuse(facts, "op", anchor, "a product with view_as_complex of pairs", "other factors", 0.3)
+        z, f = found
+        pairs = arg(z, 0)
+        x = arg(pairs, 0)
         if not flattens_pairs(facts, flat, anchor):
             return refuse(facts, "shape", flat, "the pairs flattened back", f"{list(facts.val(flat).shape)}", 0.6)
         if not facts.val(f).is_complex():
@@ -78,6 +77,14 @@ class RotaryComplex(ProceduralPattern):
         b, s, k = rng.choice([1, 2]), rng.choice([1, 3, 5]), rng.choice([1, 3, 4])
         x = torch.randn((b, s, rng.choice([1, 3]), 2 * k), dtype=dtype)
         return x, torch.randn((rng.choice([1, b]), s, k), dtype=dtype)
+
+
+def _pairs(facts: Facts, z: Any) -> bool:
+    """True if ``z`` is view_as_complex of ``x`` with its last axis cut into pairs."""
+    if not is_call(z, aten.view_as_complex.default):
+        return False
+    pairs = arg(z, 0)
+    return is_call(pairs, aten.reshape.default) and flattens_pairs(facts, arg(pairs, 0), pairs)
 
 
 PATTERNS = (RotaryComplex(),)

@@ -6,8 +6,8 @@ Before (gpt-oss, DeepSeek-V3; ``x1, x2: T[B, N, S, K]``, ``c, s: T[B, 1, S, K]``
     y = the same two, stacked on a new last axis and flattened           # interleaved layout
 
 after: ``y = ascend.rotary(x, cat([c, c], 3), cat([s, s], 3))``, or with each table value repeated twice and
-``interleaved=True``. If ``x1`` and ``x2`` are the members of ``x`` in the same layout, ``x`` is taken; otherwise (DeepSeek
-reads interleaved and writes halves) they are put together first. ``a - b`` and ``a + (-b)`` are the same: bit exact.
+``interleaved=True``. If ``x1`` and ``x2`` are the members of ``x`` in the same layout, ``x`` is taken; otherwise
+(DeepSeek reads interleaved and writes halves) they are put together first. Bit exact: ``a - b`` is ``a + (-b)``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from ._calls import arguments, ascend, aten, commuted, is_call, leaks, refuse
-from ._rotary import broadcast_table, pair_slices, stacked_pair
+from ._calls import arg, arguments, ascend, aten, commuted, is_call, leaks, refuse
+from ._rotary import broadcast_table, members, stacked_pair
+from ._window import emit_window
 
 
 def halves(x, c, s):  # type: ignore[no-untyped-def]
@@ -68,15 +69,14 @@ class RotaryHalves(ProceduralPattern):
         refusal = refusal or leaks(facts, nodes, (anchor,), 0.9)
         if refusal:
             return refusal
-        x = pair_slices(facts, x1, x2, woven)
+        x = members(facts, x1, x2, woven)
         inputs = {"x": x, "x1": x1, "x2": x2, "c": c, "s": s, "interleaved": woven}
         return Match(self.name, anchor, nodes, inputs, (anchor,))
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         woven = m.inputs["interleaved"]
-        x = m.inputs["x"]
-        if x is None:
-            x = _together(b, m.inputs["x1"], m.inputs["x2"], woven)
+        where = m.inputs["x"]
+        x = emit_window(b, where) if where else _together(b, m.inputs["x1"], m.inputs["x2"], woven)
         cos = _together(b, m.inputs["c"], m.inputs["c"], woven)
         sin = _together(b, m.inputs["s"], m.inputs["s"], woven)
         return (b.op(ascend.rotary.default, x, cos, sin, interleaved=woven),)
@@ -96,8 +96,8 @@ def _products(real: Any, imag: Any) -> tuple[Any, Any, Any, Any, tuple[fx.Node, 
     four = (*real.args[:2], *imag.args[:2])
     if not all(is_call(p, aten.mul.Tensor) and all(isinstance(a, fx.Node) for a in p.args) for p in four):
         return None
-    for x1, c in commuted(real.args[0]):
-        for x2, s in commuted(real.args[1]):
+    for x1, c in commuted(arg(real, 0)):
+        for x2, s in commuted(arg(real, 1)):
             for second, first in commuted(imag):
                 if {*second.args} == {x2, c} and {*first.args} == {x1, s}:
                     return x1, x2, c, s, four

@@ -19,7 +19,8 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from ._calls import arguments, ascend, aten, dtype, is_call, last_axis_slice, leaks, rank, refuse
+from ._calls import arg, arguments, ascend, aten, dtype, is_call, leaks, rank, refuse
+from ._window import Window, emit_window, window
 
 
 def neox(x, cos, sin):  # type: ignore[no-untyped-def]
@@ -40,37 +41,36 @@ class RotaryPartial(ProceduralPattern):
     emits = frozenset({"ascend.rotary"})
 
     def match(self, anchor: fx.Node, facts: Facts) -> Match | NoMatch:
-        parts, dim = anchor.args[0], arguments(anchor)["dim"]
+        parts, dim = arg(anchor, 0), arguments(anchor)["dim"]
         if len(parts) != 2 or not is_call(parts[0], ascend.rotary.default) or dim not in (-1, rank(facts, anchor) - 1):
             return refuse(facts, "op", anchor, "cat([ascend.rotary(...), the rest], -1)", "another cat")
         rotated, rest = parts
         call = arguments(rotated)
-        front, back = last_axis_slice(facts, call["x"]), last_axis_slice(facts, rest)
-        if front is None or back is None or front[0] is not back[0]:
+        front, back = window(facts, call["x"]), window(facts, rest)
+        if front is None or back is None or front.source is not back.source:
             return refuse(facts, "op", anchor, "both parts sliced from one tensor", "two tensors", 0.5)
-        x, start, cut = front
-        _, after, end = back
-        whole = facts.known(end == facts.val(x).shape[-1])
-        if not (facts.known(start == 0) and facts.known(cut == after) and whole and isinstance(cut, int)):
-            return refuse(facts, "shape", anchor, "[0:R] and [R:D]", f"[{start}:{cut}] and [{after}:{end}]", 0.7)
+        if front.step != 1 or back.step != 1 or back.start != front.start + front.count:
+            return refuse(facts, "shape", anchor, "adjacent parts [0:R] and [R:D]", f"{front} and {back}", 0.7)
         if call["rotary_dim"] != -1:
             return refuse(
                 facts, "arg", anchor, "a rotation of the whole slice", f"rotary_dim={call['rotary_dim']}", 0.7
             )
-        if dtype(facts, rotated) != dtype(facts, x):
+        if dtype(facts, rotated) != dtype(facts, rest):
             fix = "keep the tables in the dtype of x"
             return refuse(
-                facts, "dtype", anchor, f"a rotation in {dtype(facts, x)}", f"{dtype(facts, rotated)}", 0.8, fix
+                facts, "dtype", anchor, f"a rotation in {dtype(facts, rest)}", f"{dtype(facts, rotated)}", 0.8, fix
             )
         nodes = frozenset((anchor, rotated))
         leak = leaks(facts, nodes, (anchor,), 0.9)
         if leak:
             return leak
-        inputs = {"x": x, "cos": call["cos"], "sin": call["sin"], "interleaved": call["interleaved"], "cut": cut}
+        inputs = {key: call[key] for key in ("cos", "sin", "interleaved")}
+        inputs["x"] = Window(front.source, front.start, front.count + back.count)
+        inputs["cut"] = front.count
         return Match(self.name, anchor, nodes, inputs, (anchor,))
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
-        x, cos, sin = m.inputs["x"], m.inputs["cos"], m.inputs["sin"]
+        x, cos, sin = emit_window(b, m.inputs["x"]), m.inputs["cos"], m.inputs["sin"]
         interleaved, cut = m.inputs["interleaved"], m.inputs["cut"]
         return (b.op(ascend.rotary.default, x, cos, sin, interleaved=interleaved, rotary_dim=cut),)
 

@@ -23,7 +23,8 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from ._calls import ascend, aten, commuted, is_call, last_axis_slice, leaks, refuse
+from ._calls import arg, ascend, aten, commuted, is_call, leaks, refuse
+from ._window import emit_window, joined, window
 
 
 def chunked(t):  # type: ignore[no-untyped-def]
@@ -52,38 +53,26 @@ class Swiglu(ProceduralPattern):
     after = frozenset({"merge_linears", "silu"})
 
     def match(self, anchor: fx.Node, facts: Facts) -> Match | NoMatch:
-        for silu, up in commuted(anchor):
-            if is_call(silu, aten.silu.default):
-                break
-        else:
+        silu, other = next(((s, o) for s, o in commuted(anchor) if is_call(s, aten.silu.default)), (None, None))
+        if silu is None:
             return refuse(facts, "op", anchor, "a product with aten.silu", "no silu operand")
-        gate = silu.args[0]
-        halves = last_axis_slice(facts, gate), last_axis_slice(facts, up)
-        if halves[0] is None or halves[1] is None or halves[0][0] is not halves[1][0]:
+        gate, up = window(facts, arg(silu, 0)), window(facts, other)
+        if gate is None or up is None or gate.source is not up.source:
             fix = "gate and up must come from one linear; see why merge_linears did not merge them"
-            found = "two separate tensors"
-            return refuse(facts, "op", anchor, "gate and up sliced from one tensor", found, 0.6, fix)
-        source, start, middle_ = halves[0]
-        _, second, end = halves[1]
-        if facts.known(end == start):
-            fix = "swap the two halves of the projection's weight"
-            return refuse(facts, "arg", anchor, "the gate in front of up", "up in front of the gate", 0.9, fix)
-        if not (facts.known(middle_ == second) and facts.known(middle_ - start == end - second)):
-            return refuse(facts, "shape", anchor, "adjacent halves of one size", f"[{start}:{middle_}] and [{second}:{end}]", 0.8)  # fmt: skip
+            return refuse(facts, "op", anchor, "gate and up sliced from one tensor", "two separate tensors", 0.6, fix)
+        both = joined(gate, up)
+        if both is None or both.step != 1:
+            swapped = joined(up, gate) is not None
+            fix = "swap the two halves of the projection's weight" if swapped else ""
+            return refuse(facts, "arg", anchor, "the gate, then up, side by side", f"{gate} and {up}", 0.9, fix)
         nodes = frozenset((silu, anchor))
         leak = leaks(facts, nodes, (anchor,), 0.9)
         if leak:
             return leak
-        inputs = {"source": source, "start": start, "end": end}
-        inputs["whole"] = facts.known(start == 0) and facts.known(end == facts.val(source).shape[-1])
-        return Match(self.name, anchor, nodes, inputs, (anchor,))
+        return Match(self.name, anchor, nodes, {"gate_up": both}, (anchor,))
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
-        t = m.inputs["source"]
-        if not m.inputs["whole"]:
-            last = t.meta["val"].dim() - 1
-            t = b.op(aten.slice.Tensor, t, last, m.inputs["start"], m.inputs["end"], 1)
-        return (b.op(ascend.swiglu.default, t),)
+        return (b.op(ascend.swiglu.default, emit_window(b, m.inputs["gate_up"])),)
 
     def fuzz_inputs(self, rng: random.Random, dtype: torch.dtype, spelling: int) -> tuple[Any, ...]:
         shape = (rng.choice([1, 2]), rng.choice([1, 3, 5]), 4 * rng.choice([1, 3, 8]))

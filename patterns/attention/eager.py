@@ -9,8 +9,8 @@ Before (``q: T[B, Hq, Sq, D]``, ``k, v: T[B, Hk, Sk, D]`` repeated to Hq heads; 
     y = matmul(p, v)
 
 after: ``y = ascend.flash_attention(q, k, v, bias=, mask=, scale=, softcap=, empty_row=...)``. An additive bias stays
-one, so a row of -inf gives NaN and a row of finfo.min the mean, as before; ``empty_row`` only speaks of rows that nobody
-sees. The weights ``p`` never exist, so they must have no other use.
+one, so a row of -inf gives NaN and a row of finfo.min the mean, as before; ``empty_row`` is about rows without a key.
+The weights ``p`` never exist, so they must have no other use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from .._calls import arguments, ascend, aten, convert, dtype, is_call, leaks, rank, refuse, same_shape
+from .._calls import arg, arguments, ascend, aten, convert, dtype, is_call, leaks, rank, refuse, same_shape
 from ..spellings.attention import SPELLINGS, fuzz_inputs
 from .operands import common_dtype, emit, find_operand, without_upcasts
 from .sdpa import check_operands
@@ -117,10 +117,10 @@ def _weighted_values(softmax: fx.Node, facts: Facts) -> tuple[fx.Node, fx.Node, 
             break
         casts.append(user)
         n = user
-    if not is_call(user, *PRODUCTS) or user.args[0] is not n or not isinstance(user.args[1], fx.Node):
+    if not is_call(user, *PRODUCTS) or arg(user, 0) is not n or not isinstance(arg(user, 1), fx.Node):
         found = "the graph's output" if user.op == "output" else f"{user.target}"
         return refuse(facts, "op", user, "a product of the weights with v", found, 0.4)
-    v = user.args[1]
+    v = arg(user, 1)
     if casts and dtype(facts, n) != dtype(facts, v):
         return refuse(facts, "dtype", n, "weights cast to the dtype of v", f"{dtype(facts, n)}", 0.8)
     return user, v, tuple(casts)
@@ -141,7 +141,7 @@ def _finite(facts: Facts, bias: fx.Node) -> bool:
     """True if the bias is chosen between two finite constants: the usual mask of 0 and finfo.min."""
     n: Any = bias
     while is_call(n, aten.expand.default, aten.reshape.default, aten.permute.default, aten.slice.Tensor):
-        n = n.args[0]
+        n = arg(n, 0)
     if not is_call(n, aten.where.self, aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf):
         return False
     return all(_finite_constant(facts, arguments(n)[side]) for side in ("self", "other"))

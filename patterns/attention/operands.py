@@ -10,15 +10,15 @@ from torch import fx
 
 from ascend_dynamo.contracts import Builder, Facts, NoMatch
 
-from .._calls import aten, before_casts, convert, dtype, is_call, rank, refuse
+from .._calls import arg, aten, before_casts, convert, dtype, is_call, rank, refuse
 
 
 @dataclass(frozen=True)
 class Operand:
     """How to get [B, H, S, D] from ``node``: ``swap`` the last two axes, ``ungroup`` the heads, add a head axis.
 
-    ``groups`` is (source, axes of the source in the order B, H, S, D): the tensor in front of the ``expand`` that repeats
-    its heads, so that k and v keep their few heads. ``cast`` is the number of lossless upcasts to leave out.
+    ``groups`` is (source, axes of the source in the order B, H, S, D): the tensor in front of the ``expand`` that
+    repeats its heads, so that k and v keep their few heads.
     """
 
     node: fx.Node
@@ -81,7 +81,7 @@ def common_dtype(facts: Facts, q: fx.Node, k: fx.Node, v: fx.Node) -> torch.dtyp
 def without_upcasts(facts: Facts, n: fx.Node, target: torch.dtype) -> fx.Node:
     """``n``, or what it was before a lossless upcast from ``target``."""
     while dtype(facts, n) != target and is_call(n, convert):
-        n = n.args[0]  # type: ignore[assignment]
+        n = arg(n, 0)  # type: ignore[assignment]
     return n
 
 
@@ -105,8 +105,8 @@ def _grouped(facts: Facts, n: fx.Node, swap: bool) -> tuple[fx.Node, tuple[int, 
     while not is_call(source, aten.expand.default):
         if not is_call(source, aten.permute.default, aten.reshape.default):
             return None
-        source = source.args[0]  # type: ignore[assignment]
-    source = source.args[0]  # type: ignore[assignment]
+        source = arg(source, 0)  # type: ignore[assignment]
+    source = arg(source, 0)  # type: ignore[assignment]
     _, inner = facts.axes(source)
     if any("x" in label for label in inner):
         return None

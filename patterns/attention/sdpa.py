@@ -5,9 +5,9 @@ Before (``q: T[B, Hq, Sq, D]``, ``k: T[B, Hk, Sk, D]``, ``v: T[B, Hk, Sk, Dv]``)
     k, v = repeat_kv(k), repeat_kv(v)                     # optional: expand + reshape
     y = scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=s, enable_gqa=g)
 
-after: ``y = ascend.flash_attention(q, k, v, mask=|bias=, scale=s or 1/sqrt(D), causal=..., empty_row="zero")`` on the key
-and value heads before they were repeated. ``is_causal`` aligns at the top left; a boolean mask keeps where it is True; a
-row without a visible key is 0, as CPU attention has it. Dropout is refused.
+after: ``y = ascend.flash_attention(q, k, v, mask=|bias=, scale=s or 1/sqrt(D), causal=..., empty_row="zero")`` on the
+key and value heads before they were repeated. ``is_causal`` aligns at the top left; a boolean mask keeps where it is
+True; a row without a visible key is 0, as CPU attention has it. Dropout is refused.
 """
 
 from __future__ import annotations
@@ -106,7 +106,6 @@ class Sdpa(ProceduralPattern):
 
 def check_operands(facts: Facts, anchor: fx.Node, parts: list[Any]) -> NoMatch | None:
     """A refusal unless batch, heads and sizes of q, k and v are known to fit ``flash_attention``."""
-    q, k, v = parts
     (bq, _, dq), (bk, sk, dk), (bv, sv, _) = (sizes(facts, p.node, p.swap) for p in parts)
     for what, a, b in (("batch", bq, bk), ("batch", bk, bv), ("head size", dq, dk), ("key count", sk, sv)):
         if not facts.known(a == b):

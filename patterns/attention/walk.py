@@ -2,8 +2,8 @@
 
 The walk meets the operations in reverse order of evaluation. ``flash_attention`` evaluates scale, softcap, bias, mask;
 so the walk may meet mask, bias, softcap, scale in this order and no other, unless a step can prove that two commute.
-Each step is a function ``(node, scores, facts) -> next node | NoMatch | None``: None means "not mine", NoMatch "mine, but
-not provably the same". Steps change ``scores`` only if they return a node.
+Each step is a function ``(node, scores, facts) -> next node | NoMatch | None``: None means "not mine", NoMatch "mine,
+but not provably the same". Steps change ``scores`` only if they return a node.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import fx
 
 from ascend_dynamo.contracts import Facts, NoMatch
 
-from .._calls import arguments, aten, commuted, convert, dtype, is_call, lossless, number, refuse, same_shape
+from .._calls import arg, arguments, aten, commuted, convert, dtype, is_call, lossless, number, refuse, same_shape
 
 
 @dataclass
@@ -49,7 +49,7 @@ def step_cast(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
     """An upcast of the scores is what flash attention does anyway; a downcast rounds and is refused."""
     if not is_call(n, convert):
         return None
-    source = n.args[0]
+    source = arg(n, 0)
     assert isinstance(source, fx.Node)
     if lossless(dtype(facts, source), dtype(facts, n)):
         return source
@@ -63,7 +63,7 @@ def step_softcap(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | Non
     if found is None or not is_call(found[0], aten.tanh.default):
         return None
     tanh, cap = found
-    inner = _scaled_by(tanh.args[0])
+    inner = _scaled_by(arg(tanh, 0))
     if s.scaled:
         return refuse(facts, "unproven", n, "the softcap as the last factor", "scores scaled after it", s.progress)
     if inner is None or not cap > 0 or not math.isclose(inner[1] * cap, 1.0, rel_tol=1e-12):
@@ -71,7 +71,7 @@ def step_softcap(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | Non
         fix = "divide by the softcap, take tanh, multiply by the same softcap"
         return refuse(facts, "arg", n, f"tanh of scores times 1/{cap}", f"scores times {by}", s.progress, fix)
     s.softcap, s.scaled = cap, True
-    s.nodes |= {tanh, tanh.args[0]}  # type: ignore[arg-type]
+    s.nodes |= {tanh, arg(tanh, 0)}  # type: ignore[arg-type]
     return inner[0]
 
 
@@ -104,11 +104,10 @@ def step_bias(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
     if s.scaled:
         fix = "add the bias after the scores are scaled"
         return refuse(facts, "unproven", n, "a bias outside the scale", "a bias inside it", s.progress, fix)
-    if s.masks:
-        # The mask was applied to the sum: exactly what flash attention does, if masked means gone.
-        if s.fill != -math.inf:
-            found = f"a bias under a mask that fills with {s.fill}"
-            return refuse(facts, "unproven", n, "a mask alone, or one of -inf", found, s.progress, "fill with -inf")
+    if s.masks and s.fill != -math.inf:
+        # Under -inf masked means gone, as in flash attention; under a finite fill the bias still tells keys apart.
+        found = f"a bias under a mask that fills with {s.fill}"
+        return refuse(facts, "unproven", n, "a mask alone, or one of -inf", found, s.progress, "fill with -inf")
     if not same_shape(facts, source, n):
         found = f"{list(facts.val(n).shape)}"
         return refuse(facts, "shape", n, "a bias that broadcasts to the scores", found, s.progress)
@@ -119,7 +118,7 @@ def step_bias(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
 
 
 def step_mask(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
-    """``masked_fill(scores, m, c)`` and ``where(m, scores, c)`` with ``c`` minus infinity or the dtype's lowest value."""
+    """``masked_fill(scores, m, c)`` and ``where(m, scores, c)`` with ``c`` -inf or the dtype's lowest value."""
     read = _masked(n, facts)
     if read is None:
         return None
@@ -197,10 +196,10 @@ def _scaled_by(n: Any) -> tuple[fx.Node, float] | None:
         for x, c in commuted(n):
             if isinstance(x, fx.Node) and number(c) is not None:
                 return x, float(c)
-    if is_call(n, aten.div.Tensor) and isinstance(n.args[0], fx.Node):
-        c = number(n.args[1])
+    if is_call(n, aten.div.Tensor) and isinstance(arg(n, 0), fx.Node):
+        c = number(arg(n, 1))
         if c and arguments(n).get("rounding_mode") is None:
-            return n.args[0], 1.0 / c
+            return arg(n, 0), 1.0 / c
     return None
 
 
@@ -224,7 +223,7 @@ def _constant(x: Any, facts: Facts) -> float | None:
     if not isinstance(x, fx.Node):
         return number(x)
     while is_call(x, aten.expand.default, aten.reshape.default, convert):
-        x = x.args[0]
+        x = arg(x, 0)
     value = facts.const(x)
     if value is None or value.numel() == 0:
         return None
