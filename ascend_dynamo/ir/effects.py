@@ -160,3 +160,13 @@ def _nodes(node: fx.Node, keys: tuple[int | str, ...]) -> tuple[fx.Node, ...]:
             if isinstance(v, fx.Node):
                 found.append(v)
     return tuple(found)
+
+
+def remove_dead(graph: fx.Graph) -> bool:
+    """Erase calls and constants that nobody uses and that do nothing; returns whether there were any."""
+    removed = False
+    for node in reversed(graph.nodes):
+        if not node.users and node.op in ("call_function", "get_attr") and (node.op == "get_attr" or is_pure(node)):
+            graph.erase_node(node)
+            removed = True
+    return removed

@@ -14,6 +14,7 @@ from torch import fx
 
 from ascend_dynamo.contracts import GraphUnit, Match, NoMatch, PassResult
 from ascend_dynamo.errors import ExpectError, PatternError
+from ascend_dynamo.ir.effects import remove_dead
 from ascend_dynamo.ir.facts import GraphFacts
 from ascend_dynamo.match.commit import Undone, commit
 from ascend_dynamo.match.explain import near_misses, unmet
@@ -56,18 +57,13 @@ def run_patterns(
         lines = [*complaints, *(f"  {m.pattern} at {m.anchor}: {m.reason}" for m in record.missed[:12])]
         raise ExpectError("\n".join(lines))
     if run.commits:
-        unit.gm.graph.eliminate_dead_code(is_impure_node=_keep)
+        remove_dead(unit.gm.graph)
         unit.gm.recompile()
     return PassResult(run.commits > 0)
 
 
 def _enabled(options: Any, name: str) -> bool:
     return bool(options.enabled(name)) if hasattr(options, "enabled") else bool(options.patterns.get(name, True))
-
-
-def _keep(node: fx.Node) -> bool:
-    """Sizes that a rewrite left unused may go; anything else is for normalize to judge."""
-    return node.op != "call_function" or isinstance(node.meta.get("val"), torch.Tensor | type(None))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ascend_dynamo.contracts import GraphUnit, Lowering, Pass, PassResult
 from ascend_dynamo.ir.builder import GraphBuilder
+from ascend_dynamo.ir.effects import remove_dead
 from ascend_dynamo.ir.facts import GraphFacts
 from ascend_dynamo.ir.verify import promise, verify
 from ascend_dynamo.match import Registry, run_patterns
@@ -55,7 +56,7 @@ class Lower:
     def run(self, g: GraphUnit, options: Options) -> PassResult:
         facts = GraphFacts(g.gm, g.params, g.weights)
         lowered = 0
-        for node in list(g.gm.graph.nodes):
+        for node in g.gm.graph.nodes:
             if node.op == "call_function" and node.target in self.lowering.ops:
                 reason = self.lowering.supports(node.target, node, facts)
                 if reason is None and (cost := self.lowering.cost(node.target, node, facts)) >= 0.0:
@@ -66,6 +67,8 @@ class Lower:
                     lowered += 1
                 else:
                     self._note(node, "reference", str(reason))
+        if lowered:
+            remove_dead(g.gm.graph)
         return PassResult(lowered > 0)
 
     def _note(self, node, path: str, reason: str = "") -> None:  # type: ignore[no-untyped-def]

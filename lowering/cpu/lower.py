@@ -1,41 +1,167 @@
-"""The CPU target: our kernels where they win, Inductor for everything else."""
+"""The CPU target: our kernels where they win, Inductor for everything else.
+
+Most of the dialect decomposes again, because Inductor fuses small things well. What it cannot do is read a bf16 weight
+without repacking it on every call, or run attention near the processor's rate: those are ours (``kernels.py``), and an
+activation behind a linear rides along as its epilogue.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.contracts import Builder, CacheKey, CompiledArtifact, Facts, GraphUnit, NoMatch
 from ascend_dynamo.dialect import SPECS
+from ascend_dynamo.errors import LoweringError
 from ascend_dynamo.ir.facts import PROLOGUE
+from ascend_dynamo.lowering.cpu import kernels
+from ascend_dynamo.lowering.cpu.cost import attention_gain, linear_gain
 from ascend_dynamo.lowering.retrace import retrace
 from ascend_dynamo.runtime.prologue import Artifact
 
+_aten = torch.ops.aten
+_ascend = torch.ops.ascend
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """How one op is lowered: when it can be, what it gains in seconds, and the call that replaces it."""
+
+    supports: Callable[[fx.Node, Facts], NoMatch | None]
+    gain: Callable[[fx.Node, str], float]
+    lower: Callable[[fx.Node, Builder], fx.Node]
+
 
 class CpuLowering:
-    """Dialect ops become their references, which Inductor fuses well, except where a kernel of ours is faster."""
+    """``Lowering`` for the CPU. Kernels are compiled at the first graph that has a use for them."""
 
     target = "cpu"
     version = "1"
 
     def __init__(self) -> None:
-        self.kernels: dict[Any, Any] = {}
-        self.ops: frozenset[Any] = frozenset(self.kernels)
+        self._kernels: dict[Any, _Kernel] = {
+            _aten.linear.default: _Kernel(_linear_supported, _linear_gain, _lower_linear),
+            _ascend.flash_attention.default: _Kernel(_attention_supported, _attention_gain, _lower_attention),
+            **{op: _Kernel(_epilogue_supported, _no_round_trip, _lower_epilogue) for op in _EPILOGUES},
+        }
+        self.ops: frozenset[Any] = frozenset(self._kernels)
 
     def supports(self, op: Any, n: fx.Node, facts: Facts) -> NoMatch | None:
-        return self.kernels[op].supports(n, facts)
+        wrong = _wrong_kind(n, facts) or self._kernels[op].supports(n, facts)
+        if wrong is not None:
+            return wrong
+        try:
+            isa = kernels.isa()
+        except LoweringError as error:
+            return NoMatch("op", n, "compiled CPU kernels", str(error), src=facts.src(n))
+        if isa == "portable":
+            return NoMatch("op", n, "a processor with AVX-512-BF16", "one without", src=facts.src(n))
+        return None
 
     def cost(self, op: Any, n: fx.Node, facts: Facts) -> float:
-        return self.kernels[op].cost(n, facts)
+        return -self._kernels[op].gain(n, kernels.isa())
 
     def lower(self, n: fx.Node, b: Builder) -> tuple[fx.Node, ...]:
-        return self.kernels[n.target].lower(n, b)
+        return (self._kernels[n.target].lower(n, b),)
 
     def compile(self, g: GraphUnit, key: CacheKey | None = None) -> CompiledArtifact:
-        gm = retrace(g, {spec.overload: spec.reference for spec in SPECS.values()}, compat.inductor_decompositions())
+        references = {spec.overload: spec.reference for spec in SPECS.values()}
+        gm = retrace(g, references, compat.inductor_decompositions())
         values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
         inputs = g.gm.graph.find_nodes(op="placeholder")
         static = [i for i, n in enumerate(inputs) if n.name in g.params or PROLOGUE in n.meta]
         return Artifact(compat.inductor_compile(gm, values, static), g)
+
+
+def _wrong_kind(n: fx.Node, facts: Facts) -> NoMatch | None:
+    value = facts.val(n)
+    if value.device.type != "cpu":
+        return NoMatch("op", n, "a tensor on the CPU", f"one on {value.device}", src=facts.src(n))
+    if value.dtype is not torch.bfloat16:
+        return NoMatch("dtype", n, "bfloat16", str(value.dtype).removeprefix("torch."), src=facts.src(n))
+    return None
+
+
+def _linear_supported(n: fx.Node, facts: Facts) -> NoMatch | None:
+    weight = facts.val(n.args[1])  # type: ignore[arg-type]
+    if weight.ndim != 2 or any(facts.val(a).dtype is not torch.bfloat16 for a in n.all_input_nodes):
+        return NoMatch("shape", n, "a bf16 weight [N, K]", "another", src=facts.src(n))
+    return None
+
+
+def _linear_gain(n: fx.Node, isa: str) -> float:
+    x, weight = n.args[0].meta["val"], n.args[1].meta["val"]  # type: ignore[union-attr]
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= compat.size_hint(size)
+    return linear_gain(rows, *map(compat.size_hint, weight.shape), x.dtype, isa=isa, threads=torch.get_num_threads())
+
+
+def _lower_linear(n: fx.Node, b: Builder) -> fx.Node:
+    return b.op(torch.ops.ascend_cpu.linear.default, *n.args)
+
+
+def _attention_supported(n: fx.Node, facts: Facts) -> NoMatch | None:
+    if n.kwargs.get("empty_row", "nan") == "uniform":
+        return NoMatch("arg", n, 'empty_row "zero" or "nan"', '"uniform"', src=facts.src(n))
+    if any(facts.val(a).dtype is not torch.bfloat16 for a in n.args):  # type: ignore[arg-type]
+        return NoMatch("dtype", n, "q, k, v in bfloat16", "others", src=facts.src(n))
+    return None
+
+
+def _attention_gain(n: fx.Node, isa: str) -> float:
+    q, k = n.args[0].meta["val"], n.args[1].meta["val"]  # type: ignore[union-attr]
+    batch, heads, queries, dim = map(compat.size_hint, q.shape)
+    causal = n.kwargs.get("causal", "none") != "none"
+    keys, threads = compat.size_hint(k.shape[2]), torch.get_num_threads()
+    return attention_gain(batch, heads, queries, keys, dim, q.dtype, causal=causal, isa=isa, threads=threads)
+
+
+def _lower_attention(n: fx.Node, b: Builder) -> fx.Node:
+    return b.op(torch.ops.ascend_cpu.flash_attention.default, *n.args, **n.kwargs)
+
+
+def _gelu(n: fx.Node) -> str:
+    approximate = n.kwargs.get("approximate", n.args[1] if len(n.args) > 1 else "none")
+    return "gelu_tanh" if approximate == "tanh" else "gelu"
+
+
+_EPILOGUES: dict[Any, Callable[[fx.Node], str]] = {
+    _aten.gelu.default: _gelu,
+    _aten.silu.default: lambda n: "silu",
+    _aten.relu.default: lambda n: "relu",
+    _ascend.swiglu.default: lambda n: "swiglu",
+}
+
+
+def _epilogue_supported(n: fx.Node, facts: Facts) -> NoMatch | None:
+    producer = n.args[0]
+    assert isinstance(producer, fx.Node)
+    plain = producer.op == "call_function" and str(producer.target) == "ascend_cpu.linear.default"
+    if not plain or len(producer.args) > 3:
+        return NoMatch("op", n, "the result of a linear kernel", "another value", src=facts.src(n))
+    if len(producer.users) > 1:
+        return NoMatch("users", n, "a linear used only here", "one used elsewhere too", src=facts.src(n))
+    if facts.region(n) != facts.region(producer):
+        return NoMatch("region", n, "the linear in the same region", "a border between them", src=facts.src(n))
+    return None
+
+
+def _no_round_trip(n: fx.Node, isa: str) -> float:
+    """Writing and reading the linear's result once, at about 10 GB/s."""
+    size = 1
+    for s in n.args[0].meta["val"].shape:  # type: ignore[union-attr]
+        size *= compat.size_hint(s)
+    return 2 * size * 2 / 10e9
+
+
+def _lower_epilogue(n: fx.Node, b: Builder) -> fx.Node:
+    producer = n.args[0]
+    assert isinstance(producer, fx.Node)
+    args = (*producer.args, None)[:3]
+    return b.op(torch.ops.ascend_cpu.linear.default, *args, _EPILOGUES[n.target](n))
