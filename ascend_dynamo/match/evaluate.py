@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,6 +52,31 @@ def lift(value: Any) -> Any:
     return value
 
 
+_LOWER = frozenset({5, 6, 15})  # float16, float32, bfloat16 as schemas number them
+
+
+@lru_cache(maxsize=1024)
+def _lower_defaults(target: Any) -> tuple[str, ...]:
+    """Keyword arguments of an operator that default to computing in less than float64."""
+    schema = getattr(target, "_schema", None)
+    arguments = schema.arguments if schema is not None else ()
+    return tuple(
+        a.name for a in arguments if a.kwarg_only and str(a.real_type) == "ScalarType" and a.default_value in _LOWER
+    )
+
+
+def _lifted_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The same call in float64, whatever its arguments, defaults and the rules for its defaults say."""
+    lifted = {k: lift(a) for k, a in kwargs.items()}
+    for name in _lower_defaults(node.target):
+        lifted.setdefault(name, torch.float64)
+    if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
+        # Without eps it takes that of the dtype, which must not become float64's.
+        dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+        args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(dtype).eps)
+    return tuple(lift(a) for a in args), lifted
+
+
 def run(
     nodes: Iterable[fx.Node], env: Mapping[fx.Node, Any], prologue: fx.GraphModule | None = None, lifted: bool = False
 ) -> dict[fx.Node, Any]:
@@ -71,8 +97,7 @@ def run(
             args = fx.node.map_arg(node.args, argument)
             kwargs = fx.node.map_arg(node.kwargs, argument)
             if lifted:
-                args = tuple(lift(a) for a in args)
-                kwargs = {k: lift(a) for k, a in kwargs.items()}
+                args, kwargs = _lifted_call(node, args, kwargs)
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return values
 
