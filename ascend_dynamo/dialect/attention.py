@@ -42,6 +42,8 @@ def flash_attention(
     over finfo.min), or 0 ("zero": aten.scaled_dot_product_attention); with sinks it gives 0, since the sink takes
     all.
 
+    What k and v hold at invisible keys must be finite.
+
     Without sinks and softcap this is aten.scaled_dot_product_attention, empty rows being repaired where there can be
     any.
 
@@ -56,7 +58,7 @@ def flash_attention(
         keep = _visible(q, k, mask, causal, window)
         y = _plain(q, k, v, bias, keep, sinks, scale, softcap)
     else:
-        y, keep = _through_sdpa(q, k, v, bias, mask, scale, causal, window)
+        y, keep = _through_sdpa(q, k, v, bias, mask, scale, causal, window, plain_nan=empty_row != "zero")
     if sinks is not None:
         return _as_bshd(y)
     kernel_gives = "nan" if softcap > 0 else "zero"
@@ -106,8 +108,16 @@ def _through_sdpa(
     scale: float,
     causal: str,
     window: int,
+    plain_nan: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    """aten's attention and, if it was needed, the boolean mask.
+
+    Its CPU kernel without a mask turns a row of NaN into 0 if there are fewer keys than a vector register holds (16);
+    with a mask it does not. ``plain_nan`` asks for NaN, as a plain softmax gives.
+    """
     sq, sk = q.shape[-2], k.shape[-2]
+    if plain_nan and mask is None and bias is None and known(sk < 16):
+        mask = torch.ones((sq, sk), dtype=torch.bool, device=q.device)
     gqa = q.shape[1] != k.shape[1]
     if causal == "bottom_right" and known(sq == 1) and window < 0:
         causal = "none"  # the one query is the last: it sees everything

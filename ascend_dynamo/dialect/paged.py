@@ -86,32 +86,37 @@ def attend_packed(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Packed queries [T,Hq,D] against padded keys [B,S,Hk,D]: one attention over all B * S keys, masked by owner."""
+    """Packed queries [T,Hq,D] against padded keys [B,S,Hk,D]: every token meets every sequence, and keeps its own.
+
+    Sequences meet in no sum, and slots beyond a sequence's length count as 0: neither a poisoned neighbour nor memory
+    that was never written reaches a result.
+    """
     t, (b, s) = q.shape[0], keys.shape[:2]
-    token = torch.arange(t, device=q_start.device, dtype=q_start.dtype)
-    owner = torch.bucketize(token, q_start[1:], right=True)
-    sequence = owner.clamp(max=b - 1)
-    length, end = kv_len[sequence], q_start[1:][sequence]
-    last = (length - (end - token)).unsqueeze(-1)  # the token's own position in its sequence
+    token = torch.arange(t, device=q_start.device, dtype=q_start.dtype).unsqueeze(0)
     j = torch.arange(s, device=q_start.device, dtype=q_start.dtype)
-    seen = (j < length.unsqueeze(-1)) & (owner < b).unsqueeze(-1)
+    each = torch.arange(b, device=q_start.device)  # by index: slices would relate symbolic B and B + 1 by a guard
+    begin, end, length = (x.unsqueeze(-1) for x in (q_start[each], q_start[each + 1], kv_len))  # [B,1]
+    mine = (token >= begin) & (token < end)  # [B,T]
+    last = (length - end + token).unsqueeze(-1)  # the token's own position in its sequence
+    written = j < length  # [B,S]
+    seen = mine.unsqueeze(-1) & written.unsqueeze(1)
     if causal:
         seen = seen & (j <= last)
     if window >= 0:
         seen = seen & (j > last - window)
-    mine = sequence.unsqueeze(-1) == torch.arange(b, device=q_start.device)
-    mask = (mine.unsqueeze(-1) & seen.unsqueeze(1)).flatten(1).to(q.device)
+    written = written.to(q.device).unsqueeze(-1).unsqueeze(-1)
     y = flash_attention(
-        q.transpose(0, 1).unsqueeze(0),
-        keys.flatten(0, 1).transpose(0, 1).unsqueeze(0),
-        values.flatten(0, 1).transpose(0, 1).unsqueeze(0),
-        mask=mask,
+        q.transpose(0, 1).unsqueeze(0).expand(b, -1, -1, -1),
+        torch.where(written, keys, 0).transpose(1, 2),
+        torch.where(written, values, 0).transpose(1, 2),
+        mask=seen.unsqueeze(1).to(q.device),
         sinks=sinks,
         scale=scale,
         softcap=softcap,
         empty_row="zero",
-    )
-    return y.squeeze(0).transpose(0, 1).contiguous()
+    )  # [B,Hq,T,Dv]
+    mine = mine.to(q.device).unsqueeze(1).unsqueeze(-1)
+    return torch.where(mine, y, 0).sum(0).transpose(0, 1).contiguous()
 
 
 def paged_attention(

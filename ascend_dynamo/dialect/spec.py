@@ -114,7 +114,8 @@ class OpSpec:
     def lift_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments without rounding: float64 tensors and dtypes, and ``compute`` where it was defaulted."""
         args, kwargs = lift((tuple(args), dict(kwargs)))
-        return args, {"compute": torch.float64, **kwargs} if " compute=" in self.signature else kwargs
+        defaults = {"compute": torch.float64} if " compute=" in self.signature else {}
+        return args, {**defaults, **kwargs}
 
     def f64(self, *args: Any, **kwargs: Any) -> Any:
         """The formula on float64 copies of the arguments."""

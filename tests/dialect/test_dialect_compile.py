@@ -129,7 +129,7 @@ def test_other_operators_ignore_autocast_like_aten_rms_norm_on_cpu():
 
 def test_all_reduce_in_a_process_group_of_one(tmp_path):
     x, w, bias = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
-    with pytest.raises(ValueError, match="'tp' is named, but torch.distributed is not initialised"):
+    with pytest.raises(ValueError, match=r"'tp' is named, but torch\.distributed is not initialised"):
         ops.matmul_all_reduce(x, w, bias, "tp")
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
     try:

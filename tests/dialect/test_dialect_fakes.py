@@ -45,10 +45,11 @@ def fakes(sample, axes=None):
     mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def fake(key, value):
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        if not isinstance(value, torch.Tensor):
             return value
-        chosen = range(value.dim()) if axes is None else axes.get(key, ())
-        chosen = range(value.dim() - 1) if chosen is LEAD else {i % value.dim() for i in chosen}
+        rank = value.dim()
+        chosen = range(rank) if axes is None else axes.get(key, ())
+        chosen = range(rank - 1) if chosen is LEAD else {i % rank for i in chosen if rank}
         # DUCK: equal sizes share a symbol, as they do in a graph whose eager ops required them to be equal
         sizes = [DimDynamic.DUCK if i in chosen else DimDynamic.STATIC for i in range(value.dim())]
         return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from ascend_dynamo.dialect import SPECS, Draw
+
 ops = torch.ops.ascend
 FORMS = (
     {},
@@ -60,8 +62,7 @@ def test_rows_that_see_nothing(how, softcap, empty_row):
         mask[0, 1, 2, 1:] = True
         given = {"mask": mask, "bias": bias}
     elif how == "window":
-        given = {"window": 0, "mask": mask}
-        mask = torch.zeros_like(mask)
+        given = {"window": 0, "causal": "top_left"}
     else:
         given = {"mask": mask} if how == "mask" else {"bias": torch.zeros(1, 2, 6, 6).masked_fill(~mask, -math.inf)}
     got = ops.flash_attention(q, k, v, scale=0.3, softcap=softcap, empty_row=empty_row, **given)
@@ -69,7 +70,7 @@ def test_rows_that_see_nothing(how, softcap, empty_row):
     if empty_row == "nan":
         assert bool(rows.isnan().all())
     else:
-        mean = v.mean(2, keepdim=True)[0, 0] if empty_row == "uniform" else torch.zeros(1)
+        mean = v.mean(2)[0, 0] if empty_row == "uniform" else torch.zeros(1)
         torch.testing.assert_close(rows, mean.expand_as(rows))
     if how != "window":
         others = torch.ones(1, 2, 6, dtype=torch.bool)
@@ -100,14 +101,12 @@ def test_rows_are_independent_in_norms_gates_and_experts():
     assert not bool(q[1:3].any()) and not bool(scale[1:3].isfinite().any()) and bool(scale[clean].isfinite().all())
     up, down = torch.randn(4, 8, 16), torch.randn(4, 16, 4)
     ids, even = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]], dtype=torch.int32), torch.full((4, 2), 0.5)
-    for fn in (ops.moe_experts, __import__("ascend_dynamo.dialect").dialect.SPECS["moe_experts"].reference):
+    for fn in (ops.moe_experts, SPECS["moe_experts"].reference):
         got = fn(x, even, ids, up, down, activation="silu")
         assert bool(got[clean].isfinite().all()) and bool(got[1].isnan().all())
 
 
 def test_an_expert_that_overflows_touches_only_its_own_tokens():
-    from ascend_dynamo.dialect import SPECS
-
     up, down = torch.randn(3, 8, 16), torch.randn(3, 16, 4)
     up[2] = math.inf
     ids = torch.tensor([[0], [1], [0], [1], [2]], dtype=torch.int32)
@@ -118,8 +117,6 @@ def test_an_expert_that_overflows_touches_only_its_own_tokens():
 
 @pytest.mark.parametrize("traced", [False, True])
 def test_padding_slots_write_nothing(traced):
-    from ascend_dynamo.dialect import SPECS
-
     spec = SPECS["kv_write"]
     write = spec.reference if traced else spec.overload
     cache = torch.randn(2, 4, 1, 2)
@@ -136,8 +133,6 @@ def test_padding_slots_write_nothing(traced):
 
 
 def test_a_poisoned_sequence_does_not_reach_its_neighbours():
-    from ascend_dynamo.dialect import SPECS, Draw
-
     spec = SPECS["paged_attention"]
     sample = next(iter(spec.samples(Draw())))
     q, k, v, table, starts, lens = sample.args
