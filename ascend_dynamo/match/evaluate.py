@@ -56,23 +56,22 @@ _LOWER = frozenset({5, 6, 15})  # float16, float32, bfloat16 as schemas number t
 
 
 @lru_cache(maxsize=1024)
-def _lower_defaults(target: Any) -> tuple[str, ...]:
-    """Keyword arguments of an operator that default to computing in less than float64."""
+def _dtype_arguments(target: Any) -> tuple[tuple[str, Any], ...]:
+    """Name and default of the keyword arguments of an operator that are dtypes; schemas give these as numbers."""
     schema = getattr(target, "_schema", None)
     arguments = schema.arguments if schema is not None else ()
-    return tuple(
-        a.name for a in arguments if a.kwarg_only and str(a.real_type) == "ScalarType" and a.default_value in _LOWER
-    )
+    return tuple((a.name, a.default_value) for a in arguments if a.kwarg_only and str(a.real_type) == "ScalarType")
 
 
 def _lifted_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The same call in float64, whatever its arguments, defaults and the rules for its defaults say."""
     lifted = {k: lift(a) for k, a in kwargs.items()}
-    for name in _lower_defaults(node.target):
-        lifted.setdefault(name, torch.float64)
+    for name, default in _dtype_arguments(node.target):
+        if lifted.get(name, default) in _LOWER:
+            lifted[name] = torch.float64
     if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
-        # Without eps it takes that of the dtype, which must not become float64's.
-        dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+        # Without eps it takes that of the dtype that it computes in, which must not become that of float64.
+        dtype = torch.promote_types(node.args[0].meta["val"].dtype, torch.float32)  # type: ignore[union-attr]
         args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(dtype).eps)
     return tuple(lift(a) for a in args), lifted
 
