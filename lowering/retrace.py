@@ -1,8 +1,8 @@
-"""Back from value semantics to exact strides, and from dialect ops to what a target compiler knows.
+"""Back from value semantics to exact strides, and from the dialect to what a target compiler knows.
 
-``retrace`` runs a graph in normal form through an interpreter that (a) replaces dialect ops by their ATen references
-(those that a target keeps are already its own ops), (b) gives opaque ops and graph outputs the strides that the
-captured graph had, and (c) applies a decomposition table. The result has exact fake values again.
+``retrace`` runs a graph in normal form through an interpreter that gives opaque ops and graph outputs the strides that
+the captured graph had, under a decomposition table (a target's, and the references of the dialect ops that it leaves
+alone). The result has exact fake values again.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ _aten = torch.ops.aten
 
 
 class _RestoreStrides(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule, references: Mapping[Any, Any], out_strides: Sequence[Any]) -> None:
+    def __init__(self, gm: fx.GraphModule, out_strides: Sequence[Any]) -> None:
         super().__init__(gm)
-        self.references = references
         self.out_strides = out_strides
 
     def run_node(self, n: fx.Node) -> Any:
@@ -39,9 +38,6 @@ class _RestoreStrides(fx.Interpreter):
             ]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             return self.call_function(n.target, args, kwargs)
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return super().call_function(self.references.get(target, target), args, kwargs)
 
     def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten(args[0])
@@ -77,7 +73,7 @@ def _hint(stride: Any) -> int:
     return compat.size_hint(stride)
 
 
-def retrace(unit: GraphUnit, references: Mapping[Any, Any], decompositions: dict[Any, Any]) -> fx.GraphModule:
-    """Trace ``unit.gm`` with ``references`` in place of dialect ops and ``decompositions`` applied."""
+def retrace(unit: GraphUnit, decompositions: Mapping[Any, Any]) -> fx.GraphModule:
+    """Trace ``unit.gm`` again with ``decompositions`` (op ─► function of the same arguments) applied."""
     values = [n.meta["val"] for n in unit.gm.graph.find_nodes(op="placeholder")]
-    return compat.retrace(unit.gm, lambda gm: _RestoreStrides(gm, references, unit.out_strides), values, decompositions)
+    return compat.retrace(unit.gm, lambda gm: _RestoreStrides(gm, unit.out_strides), values, dict(decompositions))

@@ -15,6 +15,7 @@ constexpr int64_t kKeys = 128;  // keys of one block
 constexpr int kMaxRows = kTileUnits * kUnit;
 constexpr float kLog2e = 1.44269504f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLowest = -3.3e38f;
 
 // 2^x for x <= 0, to 2e-7; exact 0 for -inf, NaN stays NaN.
 inline __m512 exp2_ps(__m512 x) {
@@ -83,13 +84,16 @@ void values_tile(const bf16* v, int64_t width, const bf16* p, int64_t pairs, con
 using ValuesTile = void (*)(const bf16*, int64_t, const bf16*, int64_t, const __m512*, float*);
 constexpr ValuesTile kValuesTiles[kTileUnits] = {values_tile<1>, values_tile<2>, values_tile<3>};
 
-// The additive mask of one row for keys [j, j + 16), times log2(e).
+// The additive mask of one row for keys [j, j + 16), times log2(e). A finite one stays finite: a row whose keys all
+// carry finfo.min is a mean over them, not an empty row.
 inline __m512 row_bias(const Attention& p, const void* bias, const bool* mask, int64_t j, __mmask16 live) {
   __m512 v = _mm512_setzero_ps();
   if (bias) {
     v = p.bias_is_float ? _mm512_maskz_loadu_ps(live, static_cast<const float*>(bias) + j)
                         : load(static_cast<const bf16*>(bias) + j, live);
+    const __mmask16 finite = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-kInf), _CMP_NEQ_UQ);
     v = _mm512_mul_ps(v, _mm512_set1_ps(kLog2e));
+    v = _mm512_mask_max_ps(v, finite, _mm512_set1_ps(kLowest), v);
   }
   if (mask) {
     const __mmask16 hidden = _mm_mask_testn_epi8_mask(live, _mm_maskz_loadu_epi8(live, mask + j), _mm_set1_epi8(-1));
@@ -139,6 +143,24 @@ Unit locate(const Item& it, int64_t u) {
   unit.upto = _mm512_load_si512(upto);
   unit.after = _mm512_load_si512(after);
   return unit;
+}
+
+enum class Cover { hidden, open, mixed };
+
+// What bias and mask do to a block of keys: hide it from all lanes, nothing at all, or something between. A finite
+// bias hides (its weights are exactly 0) once every lane has seen a key without it, which `top` tells.
+Cover cover(const Attention& p, const Unit& unit, int64_t j0, int64_t count, __m512 top) {
+  const float limit = _mm512_cmp_ps_mask(top, _mm512_set1_ps(-1e36f), _CMP_GT_OQ) == 0xffff ? -1e38f : -kInf;
+  bool visible = false, changed = false;
+  for (int64_t i = 0; i < (unit.same_bias ? 1 : kUnit); ++i)
+    for (int64_t j = 0; j < count; j += 16) {
+      const __mmask16 live = mask16(count - j);
+      const __m512 v = row_bias(p, unit.bias[i], unit.mask[i], j0 + j, live);
+      visible = visible || _mm512_mask_cmp_ps_mask(live, v, _mm512_set1_ps(limit), _CMP_NLE_UQ);
+      changed = changed || _mm512_mask_cmp_ps_mask(live, v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      if (visible && changed) return Cover::mixed;
+    }
+  return visible ? Cover::open : Cover::hidden;
 }
 
 // Scales, caps and masks the scores of keys [j0, j0 + count) of one unit in place, times log2(e), and returns the
@@ -238,15 +260,22 @@ void attend(const Item& it) {
   const __m512 scale = _mm512_set1_ps(p.scale * kLog2e), one = _mm512_set1_ps(1.f);
   const bf16* k = static_cast<const bf16*>(p.k) + it.b * p.k_stride[0] + it.head * p.k_stride[1];
   const bf16* v = static_cast<const bf16*>(p.v) + it.b * p.v_stride[0] + it.head * p.v_stride[1];
+  const bool biased = p.bias || p.mask;
   for (int64_t j0 = begin / kKeys * kKeys; j0 < end; j0 += kKeys) {
     const int64_t count = std::min(kKeys, end - j0), pairs = (count + 1) / 2;
+    bool hidden = biased, open = true;
+    for (int64_t u = 0; biased && u < units; ++u) {
+      const Cover c = cover(p, unit[u], j0, count, top[u]);
+      hidden = hidden && c == Cover::hidden;
+      open = open && c == Cover::open;
+    }
+    if (hidden) continue;
     for (int64_t j = 0; j < count; j += kTileRows) {
       const bf16* rows[kTileRows];
       for (int r = 0; r < kTileRows; ++r) rows[r] = k + (j0 + std::min(j + r, count - 1)) * p.k_stride[2];
       kTiles[units - 1](rows, packed, unit_stride, p.d, 0, s + j * kMaxRows);
     }
-    const bool plain = !p.bias && !p.mask && p.softcap == 0 && p.scale > 0 && j0 >= always_begin &&
-                       j0 + count <= always_end;
+    const bool plain = open && p.softcap == 0 && p.scale > 0 && j0 >= always_begin && j0 + count <= always_end;
     for (int64_t u = 0; u < units; ++u) {
       float* mine = s + u * kUnit;
       __m512 now = top[u];

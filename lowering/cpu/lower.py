@@ -71,7 +71,7 @@ class CpuLowering:
 
     def compile(self, g: GraphUnit, key: CacheKey | None = None) -> CompiledArtifact:
         references = {spec.overload: spec.reference for spec in SPECS.values()}
-        gm = retrace(g, references, compat.inductor_decompositions())
+        gm = retrace(g, {**compat.inductor_decompositions(), **references})
         values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
         inputs = g.gm.graph.find_nodes(op="placeholder")
         static = [i for i, n in enumerate(inputs) if n.name in g.params or PROLOGUE in n.meta]

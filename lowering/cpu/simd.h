@@ -95,24 +95,22 @@ inline __m512 silu(__m512 x) {
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.f), e));
 }
 
-// Abramowitz and Stegun 7.1.26: absolute error 1.5e-7, that is float's own resolution near 1.
-inline __m512 erf_ps(__m512 x) {
-  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.f)), a = _mm512_abs_ps(x);
-  const __m512 t =
-      _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_fmadd_ps(a, _mm512_set1_ps(0.3275911f), _mm512_set1_ps(1.f)));
+// x * (1 + erf(x / sqrt 2)) / 2, written as relu(x) - |x| / 2 * erfc(|x| / sqrt 2) so that nothing cancels for x < 0.
+// erfc by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
+inline __m512 gelu(__m512 x) {
+  const __m512 a = _mm512_abs_ps(x), z = _mm512_mul_ps(a, _mm512_set1_ps(0.70710678f)), one = _mm512_set1_ps(1.f);
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
   __m512 p = _mm512_set1_ps(1.061405429f);
   p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
   p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
   p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
   p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-  const __m512 e = exp_ps(_mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), a), a));
-  const __m512 y = _mm512_fnmadd_ps(_mm512_mul_ps(p, t), e, _mm512_set1_ps(1.f));
-  return _mm512_or_ps(y, sign);
-}
-
-inline __m512 gelu(__m512 x) {
-  const __m512 e = erf_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)));
-  return _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.5f)), _mm512_add_ps(e, _mm512_set1_ps(1.f)));
+  const __m512 e = exp_ps(_mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), z), z));
+  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(a, _mm512_set1_ps(0.5f)), _mm512_mul_ps(_mm512_mul_ps(p, t), e));
+  const __m512 y = _mm512_sub_ps(_mm512_max_ps(x, _mm512_setzero_ps()), tail);
+  // inf * 0 above: right for -inf (eager gives NaN), not for inf.
+  const __m512 inf = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f800000));
+  return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, inf, _CMP_EQ_OQ), x);
 }
 
 inline __m512 gelu_tanh(__m512 x) {

@@ -28,7 +28,7 @@ class ReferenceLowering:
         raise AssertionError(f"nothing is lowered on the reference target, and so not {n}")
 
     def compile(self, g: GraphUnit, key: CacheKey | None = None) -> CompiledArtifact:
-        gm = retrace(g, {}, {})
+        gm = retrace(g, {})
 
         def run(args: list[Any]) -> list[Any]:
             inputs, args[:] = list(args), []
