@@ -109,12 +109,26 @@ def retrace(
 
     mode = detect_fake_mode(values)
     with mode or contextlib.nullcontext(), enable_python_dispatcher(), preserve_node_meta(), torch.no_grad():
+        values = _each_its_own(values)
         return make_fx(
             interpreter(gm).run,
             decomposition_table=decompositions,
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*values)
+
+
+def _each_its_own(values: Sequence[Any]) -> list[Any]:
+    """``values`` with no tensor in it twice: make_fx takes two arguments that are one tensor for one placeholder."""
+    seen: set[int] = set()
+    own = []
+    for v in values:
+        if isinstance(v, torch.Tensor):
+            if id(v) in seen:
+                v = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+            seen.add(id(v))
+        own.append(v)
+    return own
 
 
 def inductor_compile(
@@ -216,6 +230,15 @@ def no_new_guards(shape_env: Any) -> contextlib.AbstractContextManager[None]:
     """Inside, an operation that would add a guard raises instead, and the shape environment stays as it was."""
     enter = getattr(shape_env, "error_on_new_guards", contextlib.nullcontext)
     return enter()
+
+
+def is_guard_error(error: BaseException) -> bool:
+    """True for the error of ``no_new_guards``, also where an operator's error wraps it."""
+    while error is not None:
+        if type(error).__name__ == "_ShapeEnvGuardError" or "Guard attempted while" in str(error):
+            return True
+        error = error.__cause__  # type: ignore[assignment]
+    return False
 
 
 def sympy_functions() -> dict[str, Any]:
