@@ -29,15 +29,15 @@ def validate_rewrite(
         PatternError: they differ; the message says at which output, by how much, and for which input shapes.
     """
     old = sorted(m.nodes)
-    inputs = boundary(old, new)
+    inputs, between = boundary(old, new)
     for seed in SEEDS:
         with seeded(seed) as generator:
             limit = smallest_extent(inputs)
             env = {n: draw(n.meta["val"], generator, limit) for n in inputs}
         for lifted in (True, False):
-            before = run(old, env, prologue, lifted)
-            after = run([n for n in new if n not in env], env, prologue, lifted)
-            exact = None if lifted else run(old, env, prologue, True)
+            before = run([*between, *old], env, prologue, lifted)
+            after = run([*between, *(n for n in new if n not in env)], env, prologue, lifted)
+            exact = None if lifted else run([*between, *old], env, prologue, True)
             for i, (a, b) in enumerate(zip(m.outputs, results, strict=True)):
                 was, now = before[a], after[b] if b in after else before[b]
                 if exact is None:
@@ -53,18 +53,42 @@ def validate_rewrite(
                     )
 
 
-def boundary(old: Sequence[fx.Node], new: Sequence[fx.Node]) -> list[fx.Node]:
-    """Tensors that before and after read from outside, in program order; prologue values are computed, not drawn."""
+_aten = torch.ops.aten
+# A rewrite may read a value in front of these where the matched nodes read it behind: they are run, not drawn.
+_SEEN_THROUGH = frozenset(
+    {
+        _aten.permute.default,
+        _aten.reshape.default,
+        _aten.expand.default,
+        _aten.slice.Tensor,
+        torch.ops.prims.convert_element_type.default,
+        _aten.full.default,
+        _aten.scalar_tensor.default,
+    }
+)
+
+
+def boundary(old: Sequence[fx.Node], new: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """(tensors to draw, calls between them and the match), in program order.
+
+    Prologue values and constants are computed, not drawn; so is what layout, casts and constructors make.
+    """
     inside = {*old, *new}
-    found: dict[fx.Node, None] = {}
-    for node in (*old, *new):
-        for source in node.all_input_nodes:
-            drawn = source not in inside and PROLOGUE not in source.meta
-            if drawn and isinstance(source.meta.get("val"), torch.Tensor):
-                found[source] = None
+    drawn: dict[fx.Node, None] = {}
+    between: dict[fx.Node, None] = {}
+    pending = [source for node in (*old, *new) for source in node.all_input_nodes if source not in inside]
+    while pending:
+        node = pending.pop()
+        if node in drawn or node in between or node.op == "get_attr" or PROLOGUE in node.meta:
+            continue
+        if node.op == "call_function" and node.target in _SEEN_THROUGH:
+            between[node] = None
+            pending.extend(source for source in node.all_input_nodes if source not in inside)
+        elif isinstance(node.meta.get("val"), torch.Tensor):
+            drawn[node] = None
     for node in _owners(new):
-        found[node] = None
-    return sorted(found)
+        drawn[node] = None
+    return sorted(drawn), sorted(between)
 
 
 def _owners(new: Sequence[fx.Node]) -> list[fx.Node]:
