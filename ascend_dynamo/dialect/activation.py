@@ -72,12 +72,17 @@ def _bias_gelu_f64(x: Tensor, bias: Tensor, *, approximate: str) -> Tensor:
     return gelu_f64(x + bias, approximate)
 
 
-def _bias_gelu_scale(x: Tensor, bias: Tensor, *, approximate: str) -> Tensor:
-    return x.abs() + bias.abs()
+def _sum_scale(x: Tensor, y: Tensor, *, approximate: str) -> Tensor:
+    """Below zero, 1 + erf cancels: GELU's error is relative to its argument, not to its value."""
+    return (x.abs() + y.abs()).amax(-1, keepdim=True)
 
 
 def _gelu_mul_f64(gate: Tensor, up: Tensor, *, approximate: str) -> Tensor:
     return gelu_f64(gate, approximate) * up
+
+
+def _product_scale(gate: Tensor, up: Tensor, *, approximate: str) -> Tensor:
+    return (gate * up).abs().amax(-1, keepdim=True)
 
 
 def _swiglu_f64(gate_up: Tensor) -> Tensor:
@@ -109,6 +114,7 @@ SPECS = (
         _gelu_add_f64,
         c_ulp=4.0,
         samples=_binary_samples,
+        row_scale=_sum_scale,
     ),
     OpSpec(
         "bias_gelu",
@@ -118,7 +124,7 @@ SPECS = (
         _bias_gelu_f64,
         c_ulp=4.0,
         samples=_binary_samples,
-        row_scale=_bias_gelu_scale,
+        row_scale=_sum_scale,
     ),
     OpSpec(
         "gelu_mul",
@@ -128,6 +134,7 @@ SPECS = (
         _gelu_mul_f64,
         c_ulp=4.0,
         samples=_binary_samples,
+        row_scale=_product_scale,
     ),
     OpSpec(
         "swiglu",

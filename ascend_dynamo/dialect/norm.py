@@ -153,7 +153,8 @@ def _add_layer_norm_scale(
     parts = (x.abs() + residual.abs()).amax(-1, keepdim=True)
     gain = 1.0 if weight is None else weight.abs().max()
     h = x + residual
-    y = gain * parts / (h.var(-1, keepdim=True, correction=0) + eps).sqrt()
+    variance = (h - h.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True)
+    y = gain * parts / (variance + eps).sqrt()
     return (y if bias is None else y + bias.abs().max()), parts
 
 

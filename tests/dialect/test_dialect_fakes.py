@@ -86,7 +86,8 @@ def test_fake_is_exact_and_adds_no_guard(spec):
 @every_spec
 def test_reference_traces_symbolically_like_its_fake(spec):
     """Decomposing a graph calls the reference on fakes: same metadata, no data-dependent shape, no guard."""
-    for sample in samples(spec, torch.bfloat16):
+    slow = spec.name in ("paged_attention", "mla_attention")  # hundreds of symbolic operations each
+    for sample in samples(spec, torch.bfloat16)[: 2 if slow else None]:
         mode, args, kwargs = fakes(sample, DYNAMIC[spec.name])
         with mode, torch.no_grad():
             assert described(spec.reference(*args, **kwargs)) == described(spec.overload(*args, **kwargs)), sample.note
