@@ -8,7 +8,9 @@ import torch
 from torch import fx
 
 from ascend_dynamo import _torch_compat as compat
-from ascend_dynamo.ir.sym import expr
+from ascend_dynamo.ir.sym import expr, known, numel
+
+_aten = torch.ops.aten
 
 
 def fake_mode_of(gm: fx.GraphModule) -> Any:
@@ -71,12 +73,28 @@ class FakeCache:
         return tuple(map(expr, value.stride())) if value.layout == torch.strided else value.layout
 
     def _compute(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        shape = None if kwargs else _layout_shape(target, args)
+        if shape is not None:
+            return self.tensor(shape, args[0].meta["val"])
         real_args, real_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self._quiet():
             return target(*real_args, **real_kwargs)
 
     def _quiet(self) -> _Quiet:
         return _Quiet(self.mode)
+
+
+def _layout_shape(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The shape of a layout call in normal form, without asking how its argument lies in memory; else None."""
+    if target is _aten.permute.default:
+        shape = args[0].meta["val"].shape
+        return tuple(shape[d] for d in args[1])
+    if target is _aten.reshape.default or target is _aten.expand.default:
+        sizes = tuple(a.meta["val"] if isinstance(a, fx.Node) else a for a in args[1])
+        x = args[0].meta["val"]
+        count = numel(sizes) == numel(x.shape) if target is _aten.reshape.default else len(sizes) == x.dim()
+        return sizes if count and all(known(s >= 0) for s in sizes) else None
+    return None
 
 
 class _Quiet:

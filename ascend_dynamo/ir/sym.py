@@ -49,6 +49,14 @@ def same_shape(a: Any, b: Any) -> bool:
     return all(known_eq(x, y) for x, y in zip(a, b, strict=True))
 
 
+def numel(shape: Any) -> Any:
+    """The product of sizes, as an int or a sympy expression."""
+    product: Any = 1
+    for size in shape:
+        product = product * expr(size)
+    return product
+
+
 _Functions = compat.sympy_functions()
 _BINARY: dict[Any, Callable[[Any, Any], Any]] = {
     _Functions["FloorDiv"]: operator.floordiv,

@@ -16,7 +16,8 @@ from ascend_dynamo.normalize.work import Call, Value, Work
 
 _aten = torch.ops.aten
 # The overloads whose second operand may be a Python number where the schema says Tensor; comparisons may not.
-_TO_TENSOR: dict[Any, Any] = {op.Scalar: op.Tensor for op in (_aten.add, _aten.sub, _aten.mul, _aten.div, _aten.true_divide)}
+_ARITHMETIC = (_aten.add, _aten.sub, _aten.mul, _aten.div, _aten.true_divide)
+_TO_TENSOR: dict[Any, Any] = {op.Scalar: op.Tensor for op in _ARITHMETIC}
 
 
 def _scalar_overload(w: Work, n: fx.Node) -> Value | None:
