@@ -184,7 +184,7 @@ class _Run:
             self.quarantine(p.name, error.cause, anchor)
             return
         self.commits += 1
-        self.record.fired.append(Fired(p.name, anchor, src, len(m.nodes), m.assumes, region))
+        self.record.fired.append(Fired(p.name, anchor, src, len(m.nodes), m.assumes, region, tuple(sorted(p.emits))))
         ancestry[p.name] += 1
         for node in new:
             self.lineage[node] = ancestry

@@ -87,9 +87,9 @@ def unmet(record: CompileRecord, options: Any, forced: Mapping[str, Iterable[str
         if fired != count:
             lines.append(f'expected pattern "{name}" to fire {count} times, it fired {fired} times; nearest misses:')
     if options.strict:
-        fired_in = {(f.pattern, f.region) for f in record.fired}
         for region, names in forced.items():
             for name in names:
-                if not any(p == name and r.startswith(region) for p, r in fired_in):
+                inside = [f for f in record.fired if f.region.startswith(region)]
+                if not any(f.pattern == name or f"ascend.{name}" in f.emits for f in inside):
                     lines.append(f'region "{region}": pattern "{name}" did not fire in it; nearest misses:')
     return lines

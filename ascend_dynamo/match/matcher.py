@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from ascend_dynamo.contracts import Domain, Facts, Match
+from ascend_dynamo.contracts import Domain, Facts, Match, NoMatch
+from ascend_dynamo.errors import PatternError
 from ascend_dynamo.match.canonical import canonical, same_literal
 from ascend_dynamo.match.samples import Signature, with_spreads
 from ascend_dynamo.match.shapes import Shapes
@@ -266,6 +267,11 @@ class _Search:
         if requires is not None:
             refused = requires(self.result, self.facts)
             if refused is not None:
+                if not isinstance(refused, NoMatch):
+                    raise PatternError(
+                        f'pattern "{self.pattern.name}": domain.requires returned {refused!r}, which is neither None '
+                        "nor a NoMatch (is it a function that makes the check? then call it)"
+                    )
                 self.why.refusal(refused)
                 self.result = None
                 return False

@@ -60,7 +60,7 @@ def mutations(unit: GraphUnit) -> Iterator[Mutation]:
             other = _SWAPS[node.target]
             yield Mutation(f"{label} -> {other}", _retarget(i, other))
         if len(args) >= 2 and all(isinstance(a, fx.Node) for a in args[:2]):
-            yield Mutation(f"{label}: first two arguments exchanged", _exchange(i))
+            yield Mutation(f"{label}: first two arguments exchanged", exchange(i))
         yield from _rewired(i, node, nodes, label)
         yield from _dropped(i, node, label)
         if isinstance(node.meta.get("val"), torch.Tensor):
@@ -116,7 +116,9 @@ def _retarget(i: int, other: Any) -> Callable[[fx.Graph], None]:
     return apply
 
 
-def _exchange(i: int) -> Callable[[fx.Graph], None]:
+def exchange(i: int) -> Callable[[fx.Graph], None]:
+    """Exchanges the first two arguments of the ``i``-th node."""
+
     def apply(graph: fx.Graph) -> None:
         node = _at(graph, i)
         node.args = (node.args[1], node.args[0], *node.args[2:])

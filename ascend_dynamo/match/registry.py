@@ -56,6 +56,16 @@ class Registry:
     def names(self) -> tuple[str, ...]:
         return tuple(self._patterns)
 
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Name -> the patterns it speaks for: its own pattern, and for a dialect op all that emit it."""
+        found: dict[str, list[str]] = {}
+        for p in self:
+            ops = {op.removeprefix("ascend.") for op in p.emits if op.startswith("ascend.")}
+            for name in {p.name, *ops}:
+                found.setdefault(name, []).append(p.name)
+        return {name: tuple(members) for name, members in found.items()}
+
     def without(self, *names: str) -> Registry:
         """All patterns but these; an unknown name is a PatternError."""
         self._check(names)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.contracts import Match
 from ascend_dynamo.errors import PatternError
 from ascend_dynamo.ir.facts import PROLOGUE
@@ -40,10 +41,11 @@ def validate_rewrite(
             exact = None if lifted else run([*between, *old], env, prologue, True)
             for i, (a, b) in enumerate(zip(m.outputs, results, strict=True)):
                 was, now = before[a], after[b] if b in after else before[b]
-                if exact is None:
-                    fault = differs_in_algebra(was, now, liftable((*old, *new)))
-                else:
-                    fault = differs_at_dtype(was, now, exact[a])
+                with compat.no_dispatch_modes():  # while compiling, a fake mode is active that refuses real tensors
+                    if exact is None:
+                        fault = differs_in_algebra(was, now, liftable((*old, *new)))
+                    else:
+                        fault = differs_at_dtype(was, now, exact[a])
                 if fault:
                     where = "in float64" if lifted else f"at {was.dtype}"
                     shapes = ", ".join(f"%{n.name}{list(v.shape)}" for n, v in env.items())
