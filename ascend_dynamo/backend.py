@@ -102,7 +102,7 @@ class Backend:
             )
             return plain(gm, example_inputs)
         registry = load_registry(options, record)
-        options.check_patterns(p.name for p in registry)
+        options = options.for_patterns(registry.groups)
         texts = self.texts or bool(options.dump)
         pipeline = Pipeline(registry, lowering, options, explain=texts)
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -157,13 +157,18 @@ class Options:
         """Whether ``patterns`` leaves a pattern of that name on (level and regions have their own say)."""
         return self.patterns.get(pattern, self.patterns.get("*", True))
 
-    def check_patterns(self, known: Iterable[str]) -> None:
-        """OptionError if ``patterns`` or ``expect`` name a pattern that is not among the ``known`` ones."""
-        names = set(known)
+    def for_patterns(self, groups: Mapping[str, Sequence[str]]) -> Options:
+        """These options with every name in ``patterns`` spelled out; ``groups`` is ``Registry.groups``.
+
+        A pattern's own name wins over that of the dialect op which it emits. Raises OptionError if ``patterns`` or
+        ``expect`` has a name that is in no group.
+        """
         for option in ("patterns", "expect"):
             for name in getattr(self, option):
-                if name not in names and name != "*":
-                    raise OptionError(f'option "{option}": no pattern is named "{name}"; {nearest(name, names)}')
+                if name not in groups and name != "*":
+                    raise OptionError(f'option "{option}": no pattern is named "{name}"; {nearest(name, groups)}')
+        wide = {m: on for name, on in self.patterns.items() for m in groups.get(name, (name,)) if m != name}
+        return self.replace(patterns={**wide, **self.patterns})
 
     def digest(self) -> str:
         """Hex digest of everything that can change what is compiled, or what compiling must complain about.

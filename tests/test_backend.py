@@ -76,7 +76,7 @@ def test_what_fires_in_a_block() -> None:
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(run(x), model(x))
     (record,) = backend.records
-    assert record.nodes_after < record.nodes_before
+    assert record.count("add_layer_norm") == 1 and record.count("rms_norm") == 1
 
 
 @torch.no_grad()

@@ -190,12 +190,20 @@ def test_pattern_objects_move_to_plugins() -> None:
 
 
 def test_names_are_checked_against_the_registry() -> None:
-    known = ("rms_norm", "rotary")
-    resolve(patterns={"*": False, "rotary": True}, expect={"rms_norm": 1}).check_patterns(known)
+    known = {"rms_norm": ("by_hand", "aten"), "by_hand": ("by_hand",), "aten": ("aten",), "rotary": ("rotary",)}
+    resolve(patterns={"*": False, "rotary": True}, expect={"rms_norm": 1}).for_patterns(known)
     with pytest.raises(OptionError, match='option "patterns": no pattern is named "rotray"; did you mean "rotary"'):
-        resolve(patterns="-rotray").check_patterns(known)
+        resolve(patterns="-rotray").for_patterns(known)
     with pytest.raises(OptionError, match='option "expect": no pattern is named "flash"'):
-        resolve(expect={"flash": 1}).check_patterns(known)
+        resolve(expect={"flash": 1}).for_patterns(known)
+
+
+def test_the_name_of_an_op_speaks_for_all_patterns_that_emit_it() -> None:
+    known = {"rms_norm": ("by_hand", "aten"), "by_hand": ("by_hand",), "aten": ("aten",)}
+    off = resolve(patterns="-rms_norm").for_patterns(known)
+    assert not off.enabled("by_hand") and not off.enabled("aten")
+    one = resolve(patterns={"rms_norm": False, "aten": True}).for_patterns(known)
+    assert not one.enabled("by_hand") and one.enabled("aten")
 
 
 def test_options_are_immutable_values() -> None:

@@ -15,6 +15,7 @@ class Fired:
     replaced: int
     assumes: tuple[str, ...] = ()
     region: str = ""
+    emits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,5 @@ class CompileRecord:
     training: bool = False
 
     def count(self, pattern: str) -> int:
-        """How often a pattern fired in this graph."""
-        return sum(f.pattern == pattern for f in self.fired)
+        """How often a pattern fired in this graph; the name of a dialect op counts every pattern that emits it."""
+        return sum(f.pattern == pattern or f"ascend.{pattern}" in f.emits for f in self.fired)
