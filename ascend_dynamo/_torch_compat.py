@@ -307,3 +307,8 @@ def symbolic_fakes(tensors: Sequence[torch.Tensor]) -> tuple[Any, list[Any]]:
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
     return mode, [mode.from_tensor(t, static_shapes=False) for t in tensors]
+
+
+def privateuse1_name() -> str:
+    """The device type of the out-of-tree backend: "npu" once torch_npu is imported, else "privateuseone"."""
+    return torch._C._get_privateuse1_backend_name()

@@ -1,4 +1,4 @@
-"""Activations with the elementwise work around them: gelu_add, bias_gelu, gelu_mul, swiglu."""
+"""Activations with the elementwise work around them: GELU (Hendrycks and Gimpel 2016), GEGLU, SwiGLU (Shazeer 2020)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Scaled dot product attention over whole keys and values: flash_attention."""
+"""Scaled dot product attention over whole keys and values: flash_attention (Dao et al. 2022).
+
+Soft capping is Gemma 2's, sinks are gpt-oss's.
+"""
 
 from __future__ import annotations
 

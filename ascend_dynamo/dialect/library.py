@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ascend_dynamo._torch_compat import redispatch_below_autograd
-from ascend_dynamo.dialect.spec import NAMESPACE, OpSpec
+from ascend_dynamo._torch_compat import privateuse1_name, redispatch_below_autograd
+from ascend_dynamo.dialect.spec import NAMESPACE, AutocastPolicy, OpSpec
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+# dispatch key -> its device type, asked when called, since a backend may be renamed ("npu") after this import
+_AUTOCAST_KEYS: dict[str, Callable[[], str]] = {
+    "AutocastCPU": lambda: "cpu",
+    "AutocastCUDA": lambda: "cuda",
+    "AutocastPrivateUse1": privateuse1_name,
+}
 
 
 def define(spec: OpSpec) -> None:
@@ -20,29 +25,34 @@ def define(spec: OpSpec) -> None:
     _LIBRARY.define(spec.name + spec.signature, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(spec.name, spec.kernel or spec.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(spec.qualname, spec.fake, lib=_LIBRARY)
-    for device, key in _AUTOCAST_KEYS.items():
-        _LIBRARY.impl(spec.name, _autocast_kernel(spec, device), key)
+    for key, device_type in _AUTOCAST_KEYS.items():
+        _LIBRARY.impl(spec.name, _autocast_kernel(spec, device_type), key)
     _LIBRARY.impl(spec.name, _autograd_kernel(spec), "Autograd", with_keyset=True)
 
 
-def _autocast_kernel(spec: OpSpec, device: str) -> Callable[..., Any]:
+def autocast_dtype(policy: AutocastPolicy, device: str) -> torch.dtype | None:
+    """The dtype to which a policy casts arguments in an autocast region of a device type; None leaves them."""
+    if policy == "lower":
+        return torch.get_autocast_dtype(device)
+    return torch.float32 if policy == "cuda_fp32" and device == "cuda" else None
+
+
+def _autocast_kernel(spec: OpSpec, device_type: Callable[[], str]) -> Callable[..., Any]:
     """Cast by the op's policy, then run with autocast off: what the reference computes must not depend on a region.
 
     torch.library.register_autocast cannot do this: it takes no keyword arguments, and one dtype fixed in advance.
     """
 
-    def cast(leaf: Any, dtype: torch.dtype) -> Any:
-        eligible = isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64
-        return leaf.to(dtype) if eligible and leaf.device.type == device else leaf
-
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        dtype = None
-        if spec.autocast == "lower":
-            dtype = torch.get_autocast_dtype(device)
-        elif spec.autocast == "cuda_fp32" and device == "cuda":
-            dtype = torch.float32
+        device = device_type()
+        dtype = autocast_dtype(spec.autocast, device)
+
+        def cast(leaf: Any) -> Any:
+            eligible = isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64
+            return leaf.to(dtype) if eligible and leaf.device.type == device else leaf
+
         if dtype is not None:
-            args, kwargs = pytree.tree_map(lambda leaf: cast(leaf, dtype), (args, kwargs))
+            args, kwargs = pytree.tree_map(cast, (args, kwargs))
         with torch.autocast(device, enabled=False):
             return spec.overload(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, V3) on a paged cache of latents: mla_kv_write and mla_attention."""
+"""Multi-head latent attention (DeepSeek-V2, 2024) on a paged cache of latents: mla_kv_write and mla_attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixture of experts: moe_gate chooses experts per token, moe_experts applies them."""
+"""Mixture of experts: moe_gate chooses experts per token (DeepSeek-V3, 2024), moe_experts applies them."""
 
 from __future__ import annotations
 

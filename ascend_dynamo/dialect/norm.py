@@ -1,4 +1,4 @@
-"""Norms: rms_norm, add_rms_norm, add_layer_norm."""
+"""Norms: rms_norm (Zhang and Sennrich 2019), add_rms_norm, add_layer_norm (Ba et al. 2016)."""
 
 from __future__ import annotations
 

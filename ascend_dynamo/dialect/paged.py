@@ -1,4 +1,4 @@
-"""The paged KV cache: kv_write and paged_attention."""
+"""The paged KV cache (Kwon et al. 2023): kv_write and paged_attention."""
 
 from __future__ import annotations
 

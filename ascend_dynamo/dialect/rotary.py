@@ -1,4 +1,4 @@
-"""Rotary position embedding."""
+"""Rotary position embedding (Su et al. 2021)."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dialect_cases import clone, every_spec, samples
 
 from ascend_dynamo.dialect import SPECS
+from ascend_dynamo.dialect.library import autocast_dtype
 
 ops = torch.ops.ascend
 
@@ -125,6 +126,15 @@ def test_other_operators_ignore_autocast_like_aten_rms_norm_on_cpu():
         ids, weights = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
         got = ops.moe_experts(x, weights, ids, torch.randn(2, 8, 8), torch.randn(2, 8, 4), activation="silu")
         assert got.dtype == torch.float32
+
+
+def test_autocast_policies():
+    assert autocast_dtype("keep", "cpu") is autocast_dtype("keep", "cuda") is autocast_dtype("cuda_fp32", "cpu") is None
+    assert autocast_dtype("cuda_fp32", "cuda") is torch.float32  # as torch does for aten.rms_norm there
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert autocast_dtype("lower", "cpu") is torch.float16
+    for spec in SPECS.values():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(spec.qualname, "AutocastPrivateUse1")
 
 
 def test_all_reduce_in_a_process_group_of_one(tmp_path):
