@@ -88,4 +88,4 @@ def test_it_passes_lint_and_fuzz(installed: Path) -> None:
     arguments = ("patterns", "check", "--only", "squared_relu", "--budget", "5")
     done = run(installed, "-m", "ascend_dynamo.cli", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "squared_relu" in done.stdout
+    assert done.stdout.startswith("1 pattern") and "no findings" in done.stdout
