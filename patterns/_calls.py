@@ -65,15 +65,6 @@ def commuted(n: fx.Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     return (a, b), (b, a)
 
 
-def before_casts(facts: Facts, n: Any) -> tuple[Any, tuple[fx.Node, ...]]:
-    """The source of ``n`` before any lossless upcasts, and those cast nodes, outermost first."""
-    casts: list[fx.Node] = []
-    while is_call(n, convert) and lossless(dtype(facts, arg(n, 0)), arg(n, 1)):
-        casts.append(n)
-        n = arg(n, 0)
-    return n, tuple(casts)
-
-
 def lossless(source: torch.dtype, target: torch.dtype) -> bool:
     """True if every value of ``source`` is exactly a value of ``target`` (floating point only)."""
     if source == target:

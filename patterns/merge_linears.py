@@ -72,7 +72,10 @@ class MergeLinears(ProceduralPattern):
         if isinstance(group, NoMatch):
             return group
         if len(group) < 2:
-            found = "linears with other biases, dtypes, or shared weights"
+            others = (_unfit(facts, s) for s in siblings if s is not anchor)
+            if (why := next((w for w in others if w is not None), None)) is not None:
+                return why
+            found = "linears with other dtypes or regions, or some with and some without bias"
             return refuse(facts, "arg", anchor, "a second linear that goes with this one", found, 0.5, FIX)
         weights = tuple(linear_arguments(n)[1] for n in group)
         biases = () if bias is None else tuple(linear_arguments(n)[2] for n in group)

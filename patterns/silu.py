@@ -33,6 +33,6 @@ PATTERNS = (
         level=2,
         benefit=1,
         emits=("aten.silu",),
-        before=("swiglu",),
+        before=("merge_linears", "swiglu"),
     ),
 )

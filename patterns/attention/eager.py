@@ -25,9 +25,9 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from .._calls import arg, arguments, ascend, aten, convert, dtype, is_call, leaks, rank, refuse, same_shape
+from .._calls import arg, arguments, ascend, aten, convert, dtype, is_call, leaks, lossless, rank, refuse, same_shape
 from ..spellings.attention import SPELLINGS, fuzz_inputs
-from .operands import common_dtype, emit, find_operand, without_upcasts
+from .operands import common_dtype, emit, find_operand
 from .sdpa import check_operands
 from .walk import PRODUCTS, Scores, leads_to_product, walk_scores
 
@@ -66,7 +66,6 @@ class EagerAttention(ProceduralPattern):
         kind = common_dtype(facts, q, kt, v)
         if isinstance(kind, NoMatch):
             return kind
-        q, kt = without_upcasts(facts, q, kind), without_upcasts(facts, kt, kind)
         parts = [
             find_operand(facts, q),
             find_operand(facts, kt, swap=True, grouped=True),
@@ -121,8 +120,11 @@ def _weighted_values(softmax: fx.Node, facts: Facts) -> tuple[fx.Node, fx.Node, 
         found = "the graph's output" if user.op == "output" else f"{user.target}"
         return refuse(facts, "op", user, "a product of the weights with v", found, 0.4)
     v = arg(user, 1)
-    if casts and dtype(facts, n) != dtype(facts, v):
-        return refuse(facts, "dtype", n, "weights cast to the dtype of v", f"{dtype(facts, n)}", 0.8)
+    narrow = next((c for c in casts if not lossless(dtype(facts, v), dtype(facts, c))), None)
+    if narrow is not None or dtype(facts, n) != dtype(facts, v):
+        found = f"{dtype(facts, narrow or n)}"
+        fix = "cast the weights once, to the dtype of v"
+        return refuse(facts, "dtype", narrow or n, f"weights rounded to {dtype(facts, v)} at most", found, 0.8, fix)
     return user, v, tuple(casts)
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from ascend_dynamo.contracts import Builder, Facts, NoMatch
 
-from .._calls import arg, aten, before_casts, convert, dtype, is_call, rank, refuse
+from .._calls import LAYOUT, arg, aten, convert, dtype, is_call, lossless, rank, refuse
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,17 @@ def common_dtype(facts: Facts, q: fx.Node, k: fx.Node, v: fx.Node) -> torch.dtyp
     """The dtype in which attention runs: v's. q and k may be lossless upcasts from it."""
     target = dtype(facts, v)
     for name, n in (("q", q), ("k", k)):
-        source, _ = before_casts(facts, n)
-        if dtype(facts, n) != target and dtype(facts, source) != target:
+        if dtype(facts, n) != target and not _holds(facts, n, target):
             found = f"{name} in {dtype(facts, n)}, v in {target}"
             return refuse(facts, "dtype", n, "q, k and v of one dtype", found, 0.8, "cast q, k and v alike")
     return target
 
 
-def without_upcasts(facts: Facts, n: fx.Node, target: torch.dtype) -> fx.Node:
-    """``n``, or what it was before a lossless upcast from ``target``."""
-    while dtype(facts, n) != target and is_call(n, convert):
-        n = arg(n, 0)  # type: ignore[assignment]
-    return n
+def _holds(facts: Facts, n: fx.Node, narrow: torch.dtype) -> bool:
+    """True if every element of ``n`` is a value of ``narrow``: it was upcast from it, whatever layout followed."""
+    while is_call(n, *LAYOUT):
+        n = arg(n, 0)
+    return is_call(n, convert) and dtype(facts, arg(n, 0)) == narrow and lossless(narrow, dtype(facts, n))
 
 
 def _permuted(b: Builder, n: fx.Node, dims: list[int]) -> fx.Node:

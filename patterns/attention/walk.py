@@ -178,6 +178,10 @@ _TRANSPARENT = (
     aten.reshape.default,
     aten.permute.default,
     aten.clamp.default,
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.neg.default,
+    aten.exp.default,
 )
 
 

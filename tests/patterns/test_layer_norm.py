@@ -14,7 +14,9 @@ def inputs(dtype=torch.float32):
     return torch.randn(2, 5, 16, dtype=dtype), torch.randn(16, dtype=dtype), torch.randn(16, dtype=dtype)
 
 
-@pytest.mark.parametrize("fn", [layer_norm.divided, layer_norm.multiplied, layer_norm.with_var], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fn", [layer_norm.divided, layer_norm.multiplied, layer_norm.with_var], ids=lambda f: f.__name__
+)
 def test_by_hand(fn):
     args = (*inputs(), 1e-5)
     result = fuse(fn, args, "layer_norm")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pattern_support import assert_same, fuse, snapshot
+from pattern_support import assert_same, fuse, run, snapshot
 
 X = (2, 3, 16)
 
@@ -72,7 +72,7 @@ def test_a_linear_without_bias_stays_alone():
 def test_gate_and_up_feed_swiglu_whatever_their_order(fn):
     args = (torch.randn(X), *weights(24, 24))
     result = fuse(fn, args, params=(1, 2))
-    assert result.fired[-2:] == ["merge_linears", "swiglu"]
+    assert [p for p in result.fired if p != "silu"] == ["merge_linears", "swiglu"]
     assert result.ops("aten.linear") == 1 and result.ops("ascend.swiglu") == 1 and result.ops("aten.slice.Tensor") == 0
     assert_same(fn, args, result)
 
@@ -125,8 +125,10 @@ def test_returned_results_do_not_become_views_of_one_tensor():
 
     args = (torch.randn(X), *weights(16, 8, 8))
     result = fuse(fn, args, "merge_linears", params=(1, 2, 3))
-    assert result.fired == ["merge_linears"] and result.ops("aten.clone") == 2
+    assert result.fired == ["merge_linears"] and result.ops("aten.clone") == 1
     assert_same(fn, args, result)
+    first, second, third = (out.untyped_storage().data_ptr() for out in run(result.unit, args))
+    assert len({first, second, third}) == 3
 
 
 def test_mixed_dtypes_stay_apart():

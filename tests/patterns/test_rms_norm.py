@@ -134,7 +134,7 @@ def _in_place(x, w, eps):
     ("fn", "code", "found"),
     [
         (_square_other, "op", "the mean of something else"),
-        (_other_dim, "arg", "dim=[1]"),
+        (_other_dim, "arg", "dim=[-2]"),
         (_tensor_eps, "arg", "a tensor"),
         (_other_input, "op", "something else"),
         (_shared_statistic, "users", "2 users"),
