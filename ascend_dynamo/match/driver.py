@@ -174,7 +174,11 @@ class _Run:
         ancestry = self.ancestry(m)
         if self.commits >= self.limit or ancestry[p.name] >= LINEAGE:
             found = "re-creates what it matches" if ancestry[p.name] >= LINEAGE else "takes part in endless rewriting"
-            self.quarantine(p.name, PatternError(f"{found}: stopped after {self.commits} rewrites"), str(m.anchor))
+            self.quarantine(
+                p.name,
+                PatternError(f'pattern "{p.name}" {found}: stopped after {self.commits} rewrites'),
+                m.anchor.name,
+            )
             return
         region, src, anchor = self.facts.region(m.anchor), self.facts.src(m.anchor), m.anchor.name
         sources = {s for n in m.nodes for s in n.all_input_nodes}
