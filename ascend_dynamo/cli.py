@@ -146,8 +146,9 @@ def _patterns_show(args: argparse.Namespace) -> int:
 def _patterns_check(args: argparse.Namespace) -> int:
     from ascend_dynamo.report.check import check, check_lines
 
-    chosen = [p for p, _ in (_named(args.only) if args.only else _catalogue())]
-    result = check(chosen, budget=args.budget, seed=args.seed, whole=not args.only)
+    among = [p for p, _ in _catalogue()]
+    chosen = [p for p, _ in _named(args.only)] if args.only else among
+    result = check(chosen, among, budget=args.budget, seed=args.seed)
     _say(json.dumps(result.to_dict(), indent=2) if args.json else "\n".join(check_lines(result)))
     return FOUND if result.findings else OK
 

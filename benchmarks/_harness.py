@@ -28,7 +28,7 @@ import torch
 
 THREADS = 2
 MAX_FOREIGN = 0.1  # cores that others may use during a batch
-MIN_CORES = 1.8  # CPU time / wall time that a two-thread contender must reach
+MIN_CORES = 0.9  # share of its threads that a contender must keep busy: 1.8 of 2
 SHORTEST = 0.3  # seconds of a timed batch
 TOLERANCE = {"bf16": 2e-2, "fp32": 1e-3}
 
@@ -39,17 +39,17 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
-def clean_environment() -> dict[str, str]:
+def clean_environment(threads: int) -> dict[str, str]:
     """The caller's environment without thread settings, with ours; repeatable hashing."""
     drop = ("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "TORCH_LOGS", "TORCHINDUCTOR_MAX_AUTOTUNE", "ASCEND_DYNAMO_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
-    return {**kept, "OMP_NUM_THREADS": str(THREADS), "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
+    return {**kept, "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Process:
     """A contender: a worker process that answers commands in order."""
 
-    def __init__(self, module: str, name: str, log: Path) -> None:
+    def __init__(self, module: str, name: str, log: Path, threads: int) -> None:
         self.name = name
         worker = Path(__file__).with_name("_worker.py")
         self._log = log.open("w")
@@ -59,7 +59,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=clean_environment(),
+            env=clean_environment(threads),
             cwd=worker.parent,
         )
 
@@ -141,14 +141,23 @@ class Row:
 class Bench:
     """The driver of one benchmark script: ``module`` is the script's own name, where ``prepare`` lives."""
 
-    def __init__(self, module: str, contenders: Sequence[str], *, rounds: int, machine: _machine.Machine) -> None:
-        self.module, self.contenders, self.rounds, self.machine = module, tuple(contenders), rounds, machine
+    def __init__(
+        self,
+        module: str,
+        contenders: Sequence[str],
+        *,
+        rounds: int,
+        machine: _machine.Machine | None,
+        threads: int = THREADS,
+    ) -> None:
+        self.module, self.contenders, self.rounds = module, tuple(contenders), rounds
+        self.machine, self.threads = machine, threads
         self._folder = Path(tempfile.mkdtemp(prefix=f"bench-{module}-"))
 
     @contextlib.contextmanager
     def processes(self) -> Iterator[dict[str, Process]]:
         """Start all contenders; they are closed at the end, whatever happens."""
-        running = {c: Process(self.module, c, self._folder / f"{c}.log") for c in self.contenders}
+        running = {c: Process(self.module, c, self._folder / f"{c}.log", self.threads) for c in self.contenders}
         try:
             yield running
         finally:
@@ -172,7 +181,7 @@ class Bench:
             row.agreed = False
             return row
         work = ready[alive[0]]["work"]
-        if work:
+        if work and self.machine is not None:
             row.floor = self.machine.floor(bytes_read=work["bytes"], flops=work["flops"], dtype=case["dtype"])
         row.agreed = self._check(case, row, alive, running, ready, paths)
         for _ in range(self.rounds):
@@ -219,7 +228,7 @@ class Bench:
             own = time.process_time() - own + got["process_cpu"]
             foreign = max(0.0, _machine.busy_seconds() - busy - own) / wall
             cores = got["cpu"] / sum(got["seconds"])
-            good = foreign <= MAX_FOREIGN and cores >= MIN_CORES
+            good = foreign <= MAX_FOREIGN and cores >= MIN_CORES * self.threads
             if good or attempt == attempts - 1:
                 timing.rounds.append(statistics.median(got["seconds"]))
                 timing.cores.append(cores)

@@ -28,8 +28,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROMPT, SLOTS = 128, 256
 GOAL_GEOMEAN, GOAL_ROW = 1.25, 0.98
 
-BERT = [{"model": "bert-base", "kind": "encode", "batch": b, "seq": s} for b in (1, 8) for s in (128, 512)]
-QWEN = [
+BERT: list[dict[str, Any]] = [
+    {"model": "bert-base", "kind": "encode", "batch": b, "seq": s} for b in (1, 8) for s in (128, 512)
+]
+QWEN: list[dict[str, Any]] = [
     {"model": "qwen3-0.6b", "kind": "prefill", "batch": 1, "seq": 128},
     {"model": "qwen3-0.6b", "kind": "prefill", "batch": 1, "seq": 1024},
     {"model": "qwen3-0.6b", "kind": "decode", "batch": 1, "seq": 1},
@@ -106,7 +108,7 @@ def _decode(model: Any, call: Callable[..., Any]) -> Prepared:
 
     def reset() -> None:
         for layer in cache.layers:
-            layer.cumulative_length.fill_(PROMPT)
+            layer.cumulative_length.fill_(PROMPT)  # type: ignore[union-attr]
 
     def run() -> torch.Tensor:
         return call(token, past_key_values=cache, use_cache=True).logits

@@ -71,7 +71,7 @@ def describe(p: Any, source: str) -> dict[str, Any]:
         "after": sorted(p.after),
         "spellings": [_name(f) for f in p.eager],
         "dtypes": [str(t).removeprefix("torch.") for t in d.dtypes],
-        "dims": {k: list(v) for k, v in d.dims.items()},
+        "dims": {k: f"{low}..{'' if high is None else high}" for k, (low, high) in d.dims.items()},
         "shapes": {k: list(v) for k, v in d.shapes.items()},
         "package": source,
         "file": _file(p),
@@ -96,8 +96,8 @@ def show(p: Any, source: str) -> list[str]:
 
 
 def _home(p: Any) -> Any:
-    """What says where a pattern was written: its first spelling for a declared one, else its class."""
-    return inspect.unwrap(p.eager[0]) if p.eager else type(p)
+    """What says where a pattern was written: the replacement of a declared one, else its class."""
+    return inspect.unwrap(getattr(p, "replace", None) or type(p))
 
 
 def _file(p: Any) -> str:
@@ -111,7 +111,7 @@ def _file(p: Any) -> str:
 def _summary(p: Any) -> str:
     module = inspect.getmodule(_home(p))
     doc = inspect.getdoc(module) if module else None
-    return doc.splitlines()[0] if doc else ""
+    return doc.splitlines()[0].replace("``", "").rstrip(".") if doc else ""
 
 
 def _name(thing: Any) -> str:
@@ -122,5 +122,5 @@ def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items())
+        return ", ".join(f"{k} [{_plain(v)}]" if isinstance(v, list) else f"{k} {v}" for k, v in value.items())
     return str(value)
