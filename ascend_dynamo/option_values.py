@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from importlib.metadata import entry_points
 from typing import Any
 
 from ascend_dynamo.cache.gears import Gears
@@ -13,6 +14,7 @@ from ascend_dynamo.errors import OptionError
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TARGETS = ("auto", "cpu", "npu", "reference")
+LOWERINGS = "ascend_dynamo.lowerings"  # the entry point group that adds targets
 
 
 class Frozen(dict[str, Any]):
@@ -49,6 +51,13 @@ def choice(legal: tuple[str, ...]) -> Callable[[str, Any], str]:
         raise illegal(name, value, f"one of {', '.join(map(repr, legal))}{hint}")
 
     return read
+
+
+def read_target(name: str, value: Any) -> str:
+    """One of ours, or the name of any installed lowering."""
+    if isinstance(value, str) and value not in TARGETS:
+        return choice((*TARGETS, *sorted({e.name for e in entry_points(group=LOWERINGS)} - set(TARGETS))))(name, value)
+    return choice(TARGETS)(name, value)
 
 
 def read_mode(name: str, value: Any) -> str | None:

@@ -17,9 +17,7 @@ from ascend_dynamo.contracts import Level
 from ascend_dynamo.errors import OptionError
 from ascend_dynamo.option_values import (
     MODES,
-    TARGETS,
     Frozen,
-    choice,
     illegal,
     nearest,
     read_bool,
@@ -31,6 +29,7 @@ from ascend_dynamo.option_values import (
     read_mode,
     read_patterns,
     read_plugins,
+    read_target,
     split_plugins,
 )
 
@@ -48,7 +47,11 @@ class Options:
 
     target: str = field(
         default="auto",
-        metadata=_about(choice(TARGETS), "auto, cpu, npu, reference", "Where to run; auto: the NPU if there is one."),
+        metadata=_about(
+            read_target,
+            "auto, cpu, npu, reference, or an installed lowering",
+            "Where to run; auto: the NPU if there is one.",
+        ),
     )
     level: Level = field(
         default=2,
