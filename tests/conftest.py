@@ -9,6 +9,7 @@ import pytest
 import torch
 
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, database=None, max_examples=50)
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=2000, print_blob=True)  # make soak
 hypothesis.settings.load_profile("seeded")
 
 
