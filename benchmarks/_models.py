@@ -129,7 +129,7 @@ SPECS: dict[str, Spec] = {
             "tie_word_embeddings": False,
             "rope_parameters": _rope(1e6),
         },
-        attention=1.0,
+        attention=1.5,
         values=1.0,
     ),
     "bert-base": Spec("bert", {}, dtype=torch.float32, causal=False),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ascend_dynamo import _torch_compat
+from ascend_dynamo.errors import AscendDynamoError
 from ascend_dynamo.report.records import CompileRecord, Missed
 
 
@@ -97,8 +98,14 @@ def explain(
     compiled = torch.compile(target, backend=backend, **_torch_compat.isolated_compile_kwargs())
     before = _torch_compat.graph_break_reasons()
     start = time.perf_counter()
-    with torch.no_grad():
-        output = compiled(*args, **kwargs)
+    try:
+        with torch.no_grad():
+            output = compiled(*args, **kwargs)
+    except Exception as error:  # Dynamo wraps what a backend raises
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, AscendDynamoError):
+            raise inner from error
+        raise
     seconds = time.perf_counter() - start
     return Explanation(
         model=_name(target),

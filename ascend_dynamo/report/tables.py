@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from ascend_dynamo.report.records import CompileRecord
+from ascend_dynamo.report.records import CompileRecord, Missed
+
+_NUMBER = re.compile(r"(?<=[A-Za-z])_\d+\b")  # node names differ from layer to layer by this only
+_PLACE = re.compile(r" at %\S+( \(\S+:\d+\))?$")
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,26 @@ def fired(r: CompileRecord) -> Table:
 def missed(r: CompileRecord, limit: int | None = None) -> Table:
     """Near misses, nearest first; the same miss in every layer is one row. ``limit`` keeps the first rows."""
     count: Counter[tuple[str, str, str, str]] = Counter()
-    progress: dict[tuple[str, str, str, str], float] = {}
+    first: dict[tuple[str, str, str, str], Missed] = {}
     for m in r.missed:
-        key = (m.pattern, m.reason, where(m.src), m.fix)
+        key = (m.pattern, _NUMBER.sub("", m.reason), where(m.src), m.fix)
         count[key] += 1
-        progress[key] = max(m.progress, progress.get(key, 0.0))
-    order = sorted(count, key=lambda k: (-progress[k], -count[k], k))
-    rows = [(k[0], f"{progress[k]:.0%}", str(count[k]), k[2], k[1], k[3]) for k in order]
+        if key not in first or m.progress > first[key].progress:
+            first[key] = m
+    order = sorted(count, key=lambda k: (-first[k].progress, -count[k], k))
+    rows = [(k[0], f"{first[k].progress:.0%}", str(count[k]), k[2], _short(first[k]), k[3]) for k in order]
     note = ""
     if limit is not None and len(rows) > limit:
         note = f"The nearest {limit} of {len(rows)}; the HTML and JSON reports have all."
         rows = rows[:limit]
     head = ("pattern", "matched", "times", "where", "what stopped it", "what it would take")
     return _without_empty_columns(Table("Near misses", head, tuple(rows), note))
+
+
+def _short(m: Missed) -> str:
+    """The reason without what other columns say: the place at its end, and the fix."""
+    reason = m.reason.removesuffix(f"; {m.fix}") if m.fix else m.reason
+    return _PLACE.sub("", reason)
 
 
 def quarantined(r: CompileRecord) -> Table:

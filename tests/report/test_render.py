@@ -86,6 +86,14 @@ def test_counters_and_ranking_over_graphs():
     assert [m.pattern for m in e.missed] == ["swiglu"] * 6 + ["rms_norm"] * 2
 
 
+def test_the_same_miss_in_every_layer_is_one_row():
+    reasons = [f"op: expected a sum, found %view_{n} at %norm_{n} (model.py:9); add first" for n in range(1, 29)]
+    r = CompileRecord(missed=[Missed("add_norm", "norm", "op", x, 0.5, LINE, "add first") for x in reasons])
+    (row,) = missed(r).rows
+    expected = ("add_norm", "50%", "28", "model.py:9", "op: expected a sum, found %view_1", "add first")
+    assert row == expected
+
+
 def test_a_limit_is_said():
     table = missed(record(), 1)
     assert len(table.rows) == 1 and "1 of 2" in table.note
