@@ -121,7 +121,7 @@ def _through_sdpa(
     sq, sk = q.shape[-2], k.shape[-2]
     if plain_nan and mask is None and bias is None and known(sk < 16):
         mask = torch.ones((sq, sk), dtype=torch.bool, device=q.device)
-    gqa = q.shape[1] != k.shape[1]
+    gqa = not known(q.shape[1] == k.shape[1])
     if causal == "bottom_right" and known(sq == 1) and window < 0:
         causal = "none"  # the one query is the last: it sees everything
     is_causal = causal == "top_left" or (causal == "bottom_right" and known(sq == sk))
@@ -141,7 +141,7 @@ def _through_sdpa(
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     b, h, s, d = x.shape
-    return x if h == heads else x.unsqueeze(2).expand(b, h, heads // h, s, d).reshape(b, heads, s, d)
+    return x if known(h == heads) else x.unsqueeze(2).expand(b, h, heads // h, s, d).reshape(b, heads, s, d)
 
 
 def _plain(

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from dialect_cases import clone, every_spec, samples
+from torch.utils import _pytree as pytree
 
 from ascend_dynamo.dialect import SPECS
 from ascend_dynamo.dialect.library import autocast_dtype
@@ -19,6 +20,19 @@ def test_opcheck(spec):
     for sample in samples(spec)[:2]:
         args, kwargs = clone((sample.args, dict(sample.kwargs)))
         torch.library.opcheck(spec.overload, args, kwargs)
+
+
+GRADIENTS = ("rms_norm", "add_layer_norm", "bias_gelu", "swiglu", "rotary", "flash_attention", "moe_experts")
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_opcheck_with_gradients(name):
+    """Also compiles with every axis symbolic, head counts too."""
+    spec = SPECS[name]
+    sample = samples(spec)[0]
+    ask = lambda t: t.clone().requires_grad_() if t.is_floating_point() else t  # noqa: E731
+    args, kwargs = pytree.tree_map_only(torch.Tensor, ask, (sample.args, dict(sample.kwargs)))
+    torch.library.opcheck(spec.overload, args, kwargs)
 
 
 def graphs_of(fn, *args):
