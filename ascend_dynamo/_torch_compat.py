@@ -312,3 +312,28 @@ def symbolic_fakes(tensors: Sequence[torch.Tensor]) -> tuple[Any, list[Any]]:
 def privateuse1_name() -> str:
     """The device type of the out-of-tree backend: "npu" once torch_npu is imported, else "privateuseone"."""
     return torch._C._get_privateuse1_backend_name()
+
+
+def specialize_module_floats(gm: fx.GraphModule) -> None:
+    """Ask Dynamo to trace again with the module's float attributes (eps, scale) as constants, if they are inputs.
+
+    ``dynamic=True`` makes them inputs, which would hide every eps from the patterns. Floats that the caller passes as
+    arguments stay inputs. Uses the restart by which AOTAutograd specialises floats that it cannot keep.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    wanted: set[str] = set()
+    for node in gm.graph.find_nodes(op="placeholder"):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        memo = getattr(node.meta.get("example_value"), "item_memo", None)
+        if source is None or memo is None or not all(user.target == "item" for user in node.users):
+            continue
+        kind = source.guard_source
+        if kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module():
+            wanted.add(str(memo.node._expr))
+    wanted = {name for name in wanted if not TensorifyState.should_specialize(name)}
+    if wanted:
+        for name in sorted(wanted):
+            TensorifyState.specialize(name)
+        raise TensorifyScalarRestartAnalysis

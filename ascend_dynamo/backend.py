@@ -101,6 +101,7 @@ class Backend:
                 "call the model under torch.no_grad() or torch.inference_mode()",
             )
             return plain(gm, example_inputs)
+        compat.specialize_module_floats(gm)
         registry = load_registry(options, record)
         options = options.for_patterns(registry.groups)
         texts = self.texts or bool(options.dump)

@@ -84,8 +84,10 @@ def test_expect_not_met_is_an_error() -> None:
     run, _ = compiled(Block().eval(), {"expect": {"flash_attention": 2}})
     with pytest.raises(Exception, match="flash_attention") as caught:
         run(torch.randn(2, 5, 32))
-    assert isinstance(caught.value, ExpectError) or isinstance(caught.value.__cause__, ExpectError) or (
-        "ExpectError" in str(caught.value)
+    assert (
+        isinstance(caught.value, ExpectError)
+        or isinstance(caught.value.__cause__, ExpectError)
+        or ("ExpectError" in str(caught.value))
     )
 
 
@@ -338,3 +340,22 @@ def test_no_guard_is_added() -> None:
         x = torch.randn(batch, length, 32)
         torch.testing.assert_close(run(x), model(x))
     assert len(backend.records) == 1
+
+
+@torch.no_grad()
+def test_float_attributes_are_constants_and_float_arguments_are_not() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.eps, self.weight = 1e-6, nn.Parameter(torch.randn(32))
+
+        def forward(self, x: torch.Tensor, temperature: float) -> torch.Tensor:
+            n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+            return self.weight * n / temperature
+
+    model = Norm()
+    run, backend = compiled(model, dynamic=True)
+    for length, temperature in ((5, 0.5), (7, 0.75), (9, 1.25)):
+        x = torch.randn(2, length, 32)
+        torch.testing.assert_close(run(x, temperature), model(x, temperature))
+    assert len(backend.records) == 1 and backend.records[0].count("rms_norm") == 1
