@@ -193,8 +193,9 @@ def make_unit(gm: fx.GraphModule, params: Sequence[str] = ()) -> GraphUnit:
 
 def _strides(leaf: Any) -> Any:
     value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
-    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
-    return tuple(value.stride()) if dense else None
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        return tuple(value.stride())
+    return None
 
 
 def trace(fn: Callable[..., Any], args: Sequence[Any], *, fake_mode: Any = None) -> GraphUnit:

@@ -185,9 +185,14 @@ class PassResult:
 
 @runtime_checkable
 class Pass(Protocol):
-    name: str
-    before: frozenset[str]
-    after: frozenset[str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def before(self) -> frozenset[str]: ...
+
+    @property
+    def after(self) -> frozenset[str]: ...
 
     def run(self, g: GraphUnit, options: Any) -> PassResult: ...
 
