@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascend_dynamo.dialect._quant_checks import dynamic_quant_f64
 from ascend_dynamo.dialect.activation import silu_f64, swiglu
 from ascend_dynamo.dialect.norm import add_rms_norm
-from ascend_dynamo.dialect.quant import dynamic_quant, dynamic_quant_f64
+from ascend_dynamo.dialect.quant import dynamic_quant
 from ascend_dynamo.dialect.spec import Draw, OpSpec, Sample
 
 _OPTIONS = "float weight_offset=0., ScalarType compute=float32, bool cast_before_weight=False"

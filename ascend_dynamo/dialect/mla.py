@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend_dynamo.dialect.paged import attend_packed, batch_of, gather_pages, scatter_eager, write_f64, write_slots
+from ascend_dynamo.dialect._paged_checks import batch_of, write_f64
+from ascend_dynamo.dialect.paged import attend_packed, gather_pages, scatter_eager, write_slots
 from ascend_dynamo.dialect.spec import Draw, OpSpec, Sample
 
 

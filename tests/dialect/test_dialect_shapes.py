@@ -9,8 +9,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ascend_dynamo.dialect import SPECS, Draw, Sample
+from ascend_dynamo.dialect._paged_checks import batch_of
 from ascend_dynamo.dialect.equal import agree, significant_strides
-from ascend_dynamo.dialect.paged import batch_of
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
 SEEDS = st.integers(0, 1000)
