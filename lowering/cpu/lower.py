@@ -99,7 +99,8 @@ def _linear_gain(n: fx.Node, isa: str) -> float:
     rows = 1
     for size in x.shape[:-1]:
         rows *= compat.size_hint(size)
-    return linear_gain(rows, *map(compat.size_hint, weight.shape), x.dtype, isa=isa, threads=torch.get_num_threads())
+    width, depth = map(compat.size_hint, weight.shape)
+    return linear_gain(rows, width, depth, x.dtype, isa=isa, threads=torch.get_num_threads())
 
 
 def _lower_linear(n: fx.Node, b: Builder) -> fx.Node:
