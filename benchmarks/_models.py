@@ -218,9 +218,8 @@ def build(
     if name not in SPECS:
         raise KeyError(f"no model {name!r}; known are {', '.join(names())}")
     spec = SPECS[name]
-    config = AutoConfig.for_model(spec.model_type, **spec.config)
-    if layers is not None:
-        config.num_hidden_layers = layers
+    depth = {} if layers is None else {"num_hidden_layers": layers}
+    config = AutoConfig.for_model(spec.model_type, **{**spec.config, **depth})
     factory = AutoModelForCausalLM if spec.causal else AutoModel
     if spec.eager_only and attention == "sdpa":
         attention = "eager"
