@@ -41,7 +41,7 @@ class RotaryComplex(ProceduralPattern):
 
     def match(self, anchor: fx.Node, facts: Facts) -> Match | NoMatch:
         product = arg(anchor, 0)
-        flat = next(iter(anchor.users))
+        flat = next(iter(anchor.users), anchor)
         if not is_call(product, aten.mul.Tensor) or len(anchor.users) != 1 or not is_call(flat, aten.reshape.default):
             return refuse(facts, "op", anchor, "view_as_real(z * f) flattened", "another use of view_as_real")
         found = next(((z, f) for z, f in commuted(product) if _pairs(facts, z) and isinstance(f, fx.Node)), None)

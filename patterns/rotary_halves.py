@@ -21,7 +21,7 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from ._calls import arg, arguments, ascend, aten, commuted, is_call, leaks, refuse
+from ._calls import arg, arguments, ascend, aten, commuted, dtype, is_call, leaks, refuse, same_shape
 from ._rotary import broadcast_table, members, stacked_pair
 from ._window import emit_window
 
@@ -64,6 +64,9 @@ class RotaryHalves(ProceduralPattern):
         if found is None:
             return refuse(facts, "op", anchor, "cat([x1 * c - x2 * s, x2 * c + x1 * s])", "other halves", 0.2)
         x1, x2, c, s, products = found
+        if dtype(facts, x1) != dtype(facts, x2) or not same_shape(facts, x1, x2):
+            shapes = f"{list(facts.val(x1).shape)} and {list(facts.val(x2).shape)}"
+            return refuse(facts, "shape", anchor, "halves of one shape and dtype", shapes, 0.7)
         refusal = broadcast_table(facts, anchor, x1, c) or broadcast_table(facts, anchor, x1, s)
         nodes = frozenset((anchor, real, imag, *inner, *products))
         refusal = refusal or leaks(facts, nodes, (anchor,), 0.9)

@@ -232,4 +232,9 @@ def _constant(x: Any, facts: Facts) -> float | None:
     if value is None or value.numel() == 0:
         return None
     first = value.flatten()[0]
-    return float(first) if bool((value == first).all()) else None
+    if not bool((value == first).all()):
+        return None
+    # A finite number that overflows the dtype is an infinity by accident: what was meant is anybody's guess.
+    written = next((a for a in reversed(x.args) if number(a) is not None), None)
+    overflowed = written is not None and math.isfinite(float(written)) and not bool(torch.isfinite(first))  # type: ignore[arg-type]
+    return None if overflowed else float(first)
