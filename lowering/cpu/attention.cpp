@@ -1,8 +1,8 @@
-// bf16 attention on AVX-512-BF16, in one pass over the keys (flash attention) with the queries in the lanes.
+// Attention on AVX-512 (bf16: AVX-512-BF16), in one pass over the keys (flash attention) with the queries in the lanes.
 //
 // The scores of a block of keys are computed transposed, [key][query], with rows of k broadcast against packed
-// queries. So softmax is elementwise over vectors (no sums across lanes), and its result, paired along the keys,
-// already is the packed operand of the second product, against which pairs of v are broadcast. All query heads that
+// queries. So softmax is elementwise over vectors (no sums across lanes), and its result, made words along the keys,
+// already is the packed operand of the second product, against which words of v are broadcast. All query heads that
 // share a key head are rows of one problem: grouped heads need no repeated k and v, and one decode step fills lanes.
 #include <limits>
 
@@ -38,7 +38,7 @@ inline __m512 cap_score(__m512 x, float cap) {
   return _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(e, one))));
 }
 
-// Pairs of value rows, [key / 2][dv rounded up to 16][2]; rows beyond count and columns beyond dv are zero.
+// Words of values along the keys, [word][dv rounded up to 16]; keys beyond count and columns beyond dv are zero.
 void pack_values(const bf16* v, int64_t stride, int64_t count, int64_t dv, int64_t width, bf16* to) {
   alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -55,24 +55,30 @@ void pack_values(const bf16* v, int64_t stride, int64_t count, int64_t dv, int64
     }
 }
 
-// o[d][unit] = o * alpha + sum over key pairs of v[pair][d] * p[pair][unit], for 8 values of d.
-template <int MV>
-void values_tile(const bf16* v, int64_t width, const bf16* p, int64_t pairs, const __m512* alpha, float* o) {
+void pack_values(const float* v, int64_t stride, int64_t count, int64_t dv, int64_t width, float* to) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t i = 0; i < width; i += 16)
+      _mm512_store_ps(to + j * width + i, load(v + j * stride + i, i < dv ? mask16(dv - i) : 0));
+}
+
+// o[d][unit] = o * alpha + sum over words of v[word][d] * p[word][unit], for 8 values of d.
+template <class T, int MV>
+void values_tile(const T* v, int64_t width, const T* p, int64_t words, const __m512* alpha, float* o) {
   __m512 acc[kTileRows][MV];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
     for (int u = 0; u < MV; ++u)
       acc[r][u] = _mm512_mul_ps(_mm512_load_ps(o + (r * kTileUnits + u) * kUnit), alpha[u]);
-  for (int64_t j = 0; j < pairs; ++j) {
-    __m512bh x[MV];
+  for (int64_t j = 0; j < words; ++j) {
+    __m512i x[MV];
 #pragma GCC unroll 3
-    for (int u = 0; u < MV; ++u) x[u] = load_pairs(p + (j * kTileUnits + u) * 32);
+    for (int u = 0; u < MV; ++u) x[u] = load_words(p + (j * kTileUnits + u) * kUnit * kPer<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      const __m512bh b = (__m512bh)_mm512_set1_epi32(pair_at(v + j * 2 * width + 2 * r));
+      const __m512i b = _mm512_set1_epi32(word_at(v + (j * width + r) * kPer<T>));
 #pragma GCC unroll 3
-      for (int u = 0; u < MV; ++u) acc[r][u] = _mm512_dpbf16_ps(acc[r][u], x[u], b);
+      for (int u = 0; u < MV; ++u) acc[r][u] = multiply_add<T>(acc[r][u], x[u], b);
     }
   }
 #pragma GCC unroll 8
@@ -81,8 +87,10 @@ void values_tile(const bf16* v, int64_t width, const bf16* p, int64_t pairs, con
     for (int u = 0; u < MV; ++u) _mm512_store_ps(o + (r * kTileUnits + u) * kUnit, acc[r][u]);
 }
 
-using ValuesTile = void (*)(const bf16*, int64_t, const bf16*, int64_t, const __m512*, float*);
-constexpr ValuesTile kValuesTiles[kTileUnits] = {values_tile<1>, values_tile<2>, values_tile<3>};
+template <class T>
+using ValuesTile = void (*)(const T*, int64_t, const T*, int64_t, const __m512*, float*);
+template <class T>
+constexpr ValuesTile<T> kValuesTiles[kTileUnits] = {values_tile<T, 1>, values_tile<T, 2>, values_tile<T, 3>};
 
 // The additive mask of one row for keys [j, j + 16), times log2(e). A finite one stays finite: a row whose keys all
 // carry finfo.min is a mean over them, not an empty row.
@@ -115,7 +123,7 @@ struct Unit {
 struct Item {
   const Attention& p;
   int64_t b, head, row0, rows;  // key head; rows [row0, row0 + rows) of its (group, query) rows
-  const bf16* packed_values;    // of this key head, or null
+  const void* packed_values;    // of this key head, or null
 };
 
 Unit locate(const Item& it, int64_t u) {
@@ -199,51 +207,62 @@ __m512 mask_scores(const Attention& p, const Unit& unit, int64_t j0, int64_t cou
   return top;
 }
 
-// exp2(s * scale - top) as pairs of bf16 along the keys; returns their sum. A missing second key counts nothing.
-__m512 exponentials(const float* s, int64_t count, __m512 scale, __m512 top, bf16* to) {
-  alignas(64) static constexpr uint16_t kPair[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i pair = _mm512_load_si512(kPair);
-  __m512 sum = _mm512_setzero_ps(), sum1 = sum;
-  const auto emit = [&](int64_t j, __m512 a, __m512 b) {
-    sum = _mm512_add_ps(sum, a);
-    sum1 = _mm512_add_ps(sum1, b);
-    const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-    _mm512_store_si512(to + j * kMaxRows, _mm512_permutexvar_epi16(pair, words));
-  };
+// exp2(s * scale - top) as words along the keys; returns their sum. A missing second key counts nothing.
+template <class T>
+__m512 exponentials(const float* s, int64_t count, __m512 scale, __m512 top, T* to) {
   const auto weight = [&](int64_t j) {
     return exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(s + j * kMaxRows), scale, top));
   };
-  int64_t j = 0;
-  for (; j + 2 <= count; j += 2) emit(j, weight(j), weight(j + 1));
-  if (j < count) emit(j, weight(j), _mm512_setzero_ps());
+  __m512 sum = _mm512_setzero_ps(), sum1 = sum;
+  if constexpr (std::is_same_v<T, float>) {
+    for (int64_t j = 0; j < count; ++j) {
+      const __m512 a = weight(j);
+      sum = _mm512_add_ps(sum, a);
+      _mm512_store_ps(to + j * kMaxRows, a);
+    }
+  } else {
+    alignas(64) static constexpr uint16_t kPair[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i pair = _mm512_load_si512(kPair);
+    const auto emit = [&](int64_t j, __m512 a, __m512 b) {
+      sum = _mm512_add_ps(sum, a);
+      sum1 = _mm512_add_ps(sum1, b);
+      const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+      _mm512_store_si512(to + j * kMaxRows, _mm512_permutexvar_epi16(pair, words));
+    };
+    int64_t j = 0;
+    for (; j + 2 <= count; j += 2) emit(j, weight(j), weight(j + 1));
+    if (j < count) emit(j, weight(j), _mm512_setzero_ps());
+  }
   return _mm512_add_ps(sum, sum1);
 }
 
 struct Queries;
 struct Values;
+struct Sums;
 
+template <class T>
 void attend(const Item& it) {
   const Attention& p = it.p;
   const int64_t units = (it.rows + kUnit - 1) / kUnit, width = (p.dv + 15) / 16 * 16;
-  const int64_t unit_stride = (p.d + 1) / 2 * 2 * kUnit;
-  bf16* packed = static_cast<bf16*>(scratch<Queries>(units * unit_stride * sizeof(bf16)));
-  bf16* values = it.packed_values ? nullptr : static_cast<bf16*>(scratch<Values>(kKeys * width * sizeof(bf16)));
-  struct Sums;
+  const int64_t unit_stride = unit_size<T>(p.d);
+  T* packed = static_cast<T*>(scratch<Queries>(units * unit_stride * sizeof(T)));
+  T* values = it.packed_values ? nullptr : static_cast<T*>(scratch<Values>(kKeys * width * sizeof(T)));
   float* o = static_cast<float*>(scratch<Sums>(width * kMaxRows * sizeof(float)));
   std::fill(o, o + width * kMaxRows, 0.f);
   alignas(64) float s[kKeys * kMaxRows];
-  alignas(64) bf16 weights[kKeys * kMaxRows];
+  alignas(64) T weights[kKeys * kMaxRows];
 
   Unit unit[kTileUnits];
   __m512 top[kTileUnits], total[kTileUnits], alpha[kTileUnits];
   int64_t end = 0, begin = p.sk, always_end = p.sk, always_begin = 0;
   for (int64_t u = 0; u < units; ++u) {
     unit[u] = locate(it, u);
-    const bf16* rows[16];
+    const T* rows[kUnit];
     alignas(64) float sink[kUnit];
     for (int64_t i = 0; i < kUnit; ++i) {
-      rows[i] = static_cast<const bf16*>(p.q) + it.b * p.q_stride[0] + unit[u].head[i] * p.q_stride[1] +
+      rows[i] = static_cast<const T*>(p.q) + it.b * p.q_stride[0] + unit[u].head[i] * p.q_stride[1] +
                 unit[u].query[i] * p.q_stride[2];
       sink[i] = p.sinks ? p.sinks[unit[u].head[i]] * kLog2e : -kInf;
     }
@@ -258,11 +277,11 @@ void attend(const Item& it) {
   }
 
   const __m512 scale = _mm512_set1_ps(p.scale * kLog2e), one = _mm512_set1_ps(1.f);
-  const bf16* k = static_cast<const bf16*>(p.k) + it.b * p.k_stride[0] + it.head * p.k_stride[1];
-  const bf16* v = static_cast<const bf16*>(p.v) + it.b * p.v_stride[0] + it.head * p.v_stride[1];
+  const T* k = static_cast<const T*>(p.k) + it.b * p.k_stride[0] + it.head * p.k_stride[1];
+  const T* v = static_cast<const T*>(p.v) + it.b * p.v_stride[0] + it.head * p.v_stride[1];
   const bool biased = p.bias || p.mask;
   for (int64_t j0 = begin / kKeys * kKeys; j0 < end; j0 += kKeys) {
-    const int64_t count = std::min(kKeys, end - j0), pairs = (count + 1) / 2;
+    const int64_t count = std::min(kKeys, end - j0), words = (count + kPer<T> - 1) / kPer<T>;
     bool hidden = biased, open = true;
     for (int64_t u = 0; biased && u < units; ++u) {
       const Cover c = cover(p, unit[u], j0, count, top[u]);
@@ -271,9 +290,9 @@ void attend(const Item& it) {
     }
     if (hidden) continue;
     for (int64_t j = 0; j < count; j += kTileRows) {
-      const bf16* rows[kTileRows];
+      const T* rows[kTileRows];
       for (int r = 0; r < kTileRows; ++r) rows[r] = k + (j0 + std::min(j + r, count - 1)) * p.k_stride[2];
-      kTiles[units - 1](rows, packed, unit_stride, p.d, 0, s + j * kMaxRows);
+      kTiles<T>[units - 1](rows, packed, unit_stride, p.d, 0, s + j * kMaxRows);
     }
     const bool plain = open && p.softcap == 0 && p.scale > 0 && j0 >= always_begin && j0 + count <= always_end;
     for (int64_t u = 0; u < units; ++u) {
@@ -290,17 +309,17 @@ void attend(const Item& it) {
       const __mmask16 none = _mm512_cmp_ps_mask(now, _mm512_set1_ps(-kInf), _CMP_EQ_OQ);
       const __m512 base = _mm512_mask_mov_ps(now, none, _mm512_setzero_ps());
       alpha[u] = exp2_ps(_mm512_sub_ps(top[u], base));
-      const __m512 sum = exponentials(mine, count, plain ? scale : one, base, weights + u * 32);
+      const __m512 sum = exponentials(mine, count, plain ? scale : one, base, weights + u * kUnit * kPer<T>);
       total[u] = _mm512_fmadd_ps(total[u], alpha[u], sum);
       top[u] = now;
     }
-    const bf16* block = it.packed_values + j0 * width;
-    if (!it.packed_values) {
+    const T* block = values;
+    if (it.packed_values)
+      block = static_cast<const T*>(it.packed_values) + j0 * width;
+    else
       pack_values(v + j0 * p.v_stride[2], p.v_stride[2], count, p.dv, width, values);
-      block = values;
-    }
     for (int64_t d = 0; d < p.dv; d += kTileRows)
-      kValuesTiles[units - 1](block + 2 * d, width, weights, pairs, alpha, o + d * kMaxRows);
+      kValuesTiles<T>[units - 1](block + kPer<T> * d, width, weights, words, alpha, o + d * kMaxRows);
   }
 
   for (int64_t u = 0; u < units; ++u) {
@@ -313,9 +332,9 @@ void attend(const Item& it) {
         r[i] = _mm512_castps_si512(_mm512_mask_mov_ps(sum, empty, _mm512_set1_ps(p.empty)));
       }
       transpose16(r);
-      const int64_t rows = std::min(kUnit, it.rows - u * kUnit);
+      const int64_t rows = std::min<int64_t>(kUnit, it.rows - u * kUnit);
       for (int64_t i = 0; i < rows; ++i)
-        store(static_cast<bf16*>(p.y) + it.b * p.y_stride[0] + unit[u].head[i] * p.y_stride[1] +
+        store(static_cast<T*>(p.y) + it.b * p.y_stride[0] + unit[u].head[i] * p.y_stride[1] +
                   unit[u].query[i] * p.y_stride[2] + d,
               _mm512_castsi512_ps(r[i]), mask16(p.dv - d));
     }
@@ -324,30 +343,38 @@ void attend(const Item& it) {
 
 struct AllValues;
 
-}  // namespace
-
-void attention_bf16(const Attention& p) {
+template <class T>
+void attention(const Attention& p) {
   const int64_t rows = p.hq / p.hk * p.sq, units = (rows + kUnit - 1) / kUnit;
   const int64_t panels = (units + kTileUnits - 1) / kTileUnits, heads = p.batch * p.hk;
   const int64_t width = (p.dv + 15) / 16 * 16, blocks = (p.sk + kKeys - 1) / kKeys;
-  // One pair of rows more than sk: the last block is packed whole.
-  const int64_t head_size = (p.sk + 1) / 2 * 2 * width;
-  bf16* values = nullptr;
+  const int64_t head_size = (p.sk + kPer<T> - 1) / kPer<T> * kPer<T> * width;
+  T* values = nullptr;
   if (panels > 1) {
-    values = static_cast<bf16*>(scratch<AllValues>(heads * head_size * sizeof(bf16)));
+    values = static_cast<T*>(scratch<AllValues>(heads * head_size * sizeof(T)));
     parallel(heads * blocks, [&](int64_t i) {
       const int64_t b = i / blocks / p.hk, h = i / blocks % p.hk, j = i % blocks * kKeys;
-      const bf16* v = static_cast<const bf16*>(p.v) + b * p.v_stride[0] + h * p.v_stride[1] + j * p.v_stride[2];
-      pack_values(v, p.v_stride[2], std::min(kKeys, p.sk - j), p.dv, width, values + i / blocks * head_size + j * width);
+      const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + h * p.v_stride[1] + j * p.v_stride[2];
+      T* to = values + i / blocks * head_size + j * width;
+      pack_values(v, p.v_stride[2], std::min(kKeys, p.sk - j), p.dv, width, to);
     });
   }
   // Heads stay together for the cache; under a causal mask the last rows are the longest, so they go first.
   parallel(heads * panels, [&](int64_t i) {
     const int64_t head = i / panels, panel = panels - 1 - i % panels;
     const int64_t u0 = units * panel / panels, u1 = units * (panel + 1) / panels;
-    attend({p, head / p.hk, head % p.hk, u0 * kUnit, std::min(rows, u1 * kUnit) - u0 * kUnit,
-            values ? values + head * head_size : nullptr});
+    attend<T>({p, head / p.hk, head % p.hk, u0 * kUnit, std::min(rows, u1 * kUnit) - u0 * kUnit,
+               values ? values + head * head_size : nullptr});
   });
+}
+
+}  // namespace
+
+void run_attention(const Attention& p) {
+  if (p.dtype == Dtype::f32)
+    attention<float>(p);
+  else
+    attention<bf16>(p);
 }
 
 }  // namespace ascend_cpu

@@ -1,30 +1,52 @@
 """What the CPU kernels gain over ATen's, in seconds: the numbers behind ``CpuLowering.cost``.
 
-The constants were measured on two cores of an AMD EPYC with AVX-512-BF16 (``benchmarks/linear.py`` prints them anew);
-only their order of magnitude matters. On a processor with AMX, ATen's tiles win where the arithmetic dominates, so
-there a gain is claimed only where memory does.
+The constants were measured on an AMD EPYC with AVX-512-BF16 (``benchmarks/linear.py`` prints them anew); only their
+order of magnitude matters. On a processor with AMX, ATen's tiles win where the arithmetic dominates, so there a gain is
+claimed only where memory does, and MKL's fp32 needs no help.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-_REPACK = 18e9  # bytes/s of weight that oneDNN reorders, on every call
-_DOT = 0.21e12  # flop/s a thread of large bf16 products, either kernel
-_DOT_LOSS = 0.01  # by which ours is slower there
-_FEW_ROWS = 16  # rows of x up to which reading the weight dominates
-_ATEN_ATTENTION, _OUR_ATTENTION = 0.05e12, 0.14e12  # flop/s a thread, prefill
-_ATEN_DECODE, _OUR_DECODE = 2.4e9, 12e9  # flop/s a thread, one query a head
+FEW_ROWS = 16  # rows of x up to which reading the weight dominates
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Bytes/s of weight at which ATen's extra pass over it goes; flop/s a thread: ATen's, ours."""
+
+    weight: float
+    linear: tuple[float, float]
+    prefill: tuple[float, float]
+    decode: tuple[float, float]
+
+
+_RATES = {
+    # oneDNN reorders a plain bf16 weight on every call; its large products are as fast as ours.
+    torch.bfloat16: _Rates(18e9, (0.212e12, 0.21e12), (0.05e12, 0.14e12), (2.4e9, 12e9)),
+    torch.float32: _Rates(60e9, (0.090e12, 0.101e12), (0.058e12, 0.085e12), (19e9, 11e9)),
+}
+
+
+def _rates(dtype: torch.dtype, isa: str, rows: int) -> _Rates | None:
+    if isa == "portable" or (isa == "amx_bf16" and (dtype is torch.float32 or rows > FEW_ROWS)):
+        return None
+    return _RATES.get(dtype)
 
 
 def linear_gain(m: int, n: int, k: int, dtype: torch.dtype, *, isa: str, threads: int) -> float:
     """Seconds that ``ascend_cpu.linear`` saves on x [m, k] and a plain weight [n, k] against ``aten.linear``.
 
-    0 where the operator would call ATen itself (``isa`` from ``kernels.isa()``, another dtype).
+    0 where the operator would call ATen itself: ``isa`` (from ``kernels.isa()``) or dtype without a kernel.
     """
-    if dtype is not torch.bfloat16 or isa == "portable" or (isa == "amx_bf16" and m > _FEW_ROWS):
+    rates = _rates(dtype, isa, m)
+    if rates is None:
         return 0.0
-    return 2 * n * k / _REPACK - _DOT_LOSS * 2 * m * n * k / (_DOT * threads)
+    aten, ours = rates.linear
+    return n * k * dtype.itemsize / rates.weight + 2 * m * n * k / threads * (1 / aten - 1 / ours)
 
 
 def attention_gain(
@@ -40,8 +62,9 @@ def attention_gain(
     threads: int,
 ) -> float:
     """Seconds that ``ascend_cpu.flash_attention`` saves against ATen's scaled_dot_product_attention."""
-    if dtype is not torch.bfloat16 or isa == "portable" or (isa == "amx_bf16" and queries > _FEW_ROWS):
+    rates = _rates(dtype, isa, queries)
+    if rates is None:
         return 0.0
     work = 4 * batch * heads * queries * keys * dim * (0.5 if causal and queries > 1 else 1.0)
-    aten, ours = (_ATEN_DECODE, _OUR_DECODE) if queries <= 2 else (_ATEN_ATTENTION, _OUR_ATTENTION)
+    aten, ours = rates.decode if queries <= 2 else rates.prefill
     return work / threads * (1 / aten - 1 / ours)

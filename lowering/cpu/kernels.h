@@ -7,12 +7,14 @@
 
 namespace ascend_cpu {
 
+enum class Dtype { bf16, f32 };
 enum class Act { none, relu, silu, gelu, gelu_tanh };
 enum class Other { none, add, mul };
 
 // y = combine(act(x @ w^T + bias), other); with `gated`, w holds 2N rows and y = act(gate) * up instead of act(...).
 // Strides are in elements; the last axis of every operand is contiguous. All tensors share one dtype.
 struct Linear {
+  Dtype dtype;
   const void* x;
   const void* w;
   const void* bias;   // [N] ([2N] if gated) or null
@@ -29,6 +31,7 @@ struct Linear {
 // Strides are (batch, head, row) in elements for q, k, v, y, whose last axis is contiguous, and (batch, head, row,
 // key) for bias and mask, 0 where broadcast. Hq is a multiple of Hk: query head h reads key head h / (Hq / Hk).
 struct Attention {
+  Dtype dtype;
   const void *q, *k, *v;
   void* y;
   const void* bias;     // additive, bf16 or float, or null
@@ -49,11 +52,11 @@ int threads();
 
 // Need AVX-512 F, BW, VL, DQ and BF16: ask isa() first.
 #if defined(__x86_64__)
-void linear_bf16(const Linear& p);
-void attention_bf16(const Attention& p);
+void run_linear(const Linear& p);
+void run_attention(const Attention& p);
 #else
-inline void linear_bf16(const Linear&) {}
-inline void attention_bf16(const Attention&) {}
+inline void run_linear(const Linear&) {}
+inline void run_attention(const Attention&) {}
 #endif
 
 enum class Isa { portable, avx512_bf16, amx_bf16 };

@@ -4,7 +4,8 @@
 or copied, so writes to the weight show), bias [N]; y = act(x @ w.T + bias) + other, contiguous [..., N]. ``epilogue``
 is none, relu, silu, gelu or gelu_tanh; with ``_mul`` appended (or ``"mul"`` alone) other is multiplied in instead of
 added; ``"swiglu"`` takes w [2N, K] (gate rows, then up rows) and gives silu(gate) * up. Sums, activation and epilogue
-are fp32, rounded once. What the kernels do not cover (other dtypes, processors, layouts) runs on ATen, same meaning.
+are fp32, rounded once. bf16 and fp32 have kernels; what they do not cover (other dtypes, processors, layouts) runs on
+ATen, with the same meaning.
 
 ``flash_attention(q, k, v, *, bias, mask, sinks, scale, causal, window, softcap, empty_row)`` is the dialect's operator
 of that name without ``empty_row="uniform"``. The result is [B, Hq, Sq, Dv] laid out as [B, Sq, Hq, Dv]: the head merge

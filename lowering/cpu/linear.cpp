@@ -1,11 +1,8 @@
-// bf16 linear layers on AVX-512-BF16, straight from the plain [N, K] weight: no packed copy exists.
+// Linear layers on AVX-512 (bf16: AVX-512-BF16), straight from the plain [N, K] weight: no packed copy exists.
 //
 // Few rows of x: the weight is streamed once at memory speed, each row against all rows of x (dot products along K).
-// Many rows: y^T is computed. x is packed, per call, into panels [K/2][rows][2] whose lanes are rows of x, and a pair
-// of weight elements is broadcast against them (vdpbf16ps with an embedded broadcast), so that each weight element
-// is read as it lies.
-#include <algorithm>
-
+// Many rows: y^T is computed. x is packed, per call, so that its rows are lanes, and words of the weight are broadcast
+// against them (tile.h), so that each weight element is read as it lies.
 #include "tile.h"
 
 namespace ascend_cpu {
@@ -28,37 +25,36 @@ inline __m128 sum_lanes(const __m512 (&v)[4]) {
   return _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1));
 }
 
-// out[row][i] = dot(w row, x row i), i < 4, with x as [K/32][M][32], zero beyond K. One weight row at a time: two
-// interleaved streams halve what the memory delivers. U sums per row of x hide the latency of the multiplier.
-template <int M>
-void dot_rows(const Linear& p, const bf16* w, const bf16* x, int64_t rows, float* out) {
+// out[row][i] = dot(w row, x row i), i < 4, with x as [K/16 words][M][16 words], zero beyond K. One weight row at a
+// time: two interleaved streams halve what the memory delivers. U sums per row of x hide the multiplier's latency.
+template <class T, int M>
+void dot_rows(const Linear& p, const T* w, const T* x, int64_t rows, float* out) {
   constexpr int U = M == 1 ? 8 : M == 2 ? 4 : 2;
+  constexpr int64_t step = 16 * kPer<T>;
   for (int64_t row = 0; row < rows; ++row, w += p.w_stride) {
     __m512 acc[M][U];
-#pragma GCC unroll 8
+#pragma GCC unroll 3
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) acc[i][u] = _mm512_setzero_ps();
     int64_t k = 0;
-    for (; k + 32 * U <= p.k; k += 32 * U) {
+    for (; k + step * U <= p.k; k += step * U) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
-        const __m512bh a = load_pairs(w + k + 32 * u);
-#pragma GCC unroll 8
+        const __m512i a = load_words(w + k + step * u);
+#pragma GCC unroll 3
         for (int i = 0; i < M; ++i)
-          acc[i][u] = _mm512_dpbf16_ps(acc[i][u], a, load_pairs(x + (k + 32 * u) * M + 32 * i));
+          acc[i][u] = multiply_add<T>(acc[i][u], a, load_words(x + (k + step * u) * M + step * i));
       }
     }
-    for (; k < p.k; k += 32) {
-      const __mmask32 mask = mask32(p.k - k);
-      const __m512bh a = load_pairs(w + k, mask);
-#pragma GCC unroll 8
-      for (int i = 0; i < M; ++i)
-        acc[i][0] = _mm512_dpbf16_ps(acc[i][0], a, load_pairs(x + k * M + 32 * i));
+    for (; k < p.k; k += step) {
+      const __m512i a = load_words(w + k, p.k - k);
+#pragma GCC unroll 3
+      for (int i = 0; i < M; ++i) acc[i][0] = multiply_add<T>(acc[i][0], a, load_words(x + k * M + step * i));
     }
-    __m512 sums[4];
+    __m512 sums[kGemvLanes];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kGemvLanes; ++i) {
       sums[i] = i < M ? acc[i < M ? i : 0][0] : _mm512_setzero_ps();
       if (i < M)
 #pragma GCC unroll 8
@@ -68,30 +64,34 @@ void dot_rows(const Linear& p, const bf16* w, const bf16* x, int64_t rows, float
   }
 }
 
-using DotRows = void (*)(const Linear&, const bf16*, const bf16*, int64_t, float*);
-constexpr DotRows kDotRows[kGemvRows] = {dot_rows<1>, dot_rows<2>, dot_rows<3>};
+template <class T>
+using DotRows = void (*)(const Linear&, const T*, const T*, int64_t, float*);
+template <class T>
+constexpr DotRows<T> kDotRows[kGemvRows] = {dot_rows<T, 1>, dot_rows<T, 2>, dot_rows<T, 3>};
 
 struct GemvX;
 
+template <class T>
 void few_rows(const Linear& p) {
-  const int64_t row_bytes = std::max<int64_t>(p.k, 1) * 2 * (p.gated ? 2 : 1);
+  const int64_t row_bytes = std::max<int64_t>(p.k, 1) * sizeof(T) * (p.gated ? 2 : 1);
   const int64_t share = (p.n + threads() - 1) / threads();
   const int64_t fit = std::min(share, std::clamp<int64_t>(kGemvBytes / row_bytes, 16, kGemvBlock));
   const int64_t block = (fit + 15) / 16 * 16;
-  const bf16* w = static_cast<const bf16*>(p.w);
+  const T* w = static_cast<const T*>(p.w);
   // Together in one piece: rows of x that lie a multiple of 4 KiB apart would evict each other from the first cache.
-  bf16* x = static_cast<bf16*>(scratch<GemvX>(p.m * ((p.k + 31) / 32 * 32) * sizeof(bf16)));
+  constexpr int64_t step = 16 * kPer<T>;
+  T* x = static_cast<T*>(scratch<GemvX>(p.m * ((p.k + step - 1) / step * step) * sizeof(T)));
   for (int64_t i = 0; i < p.m; ++i)
-    for (int64_t k = 0; k < p.k; k += 32)
-      _mm512_store_si512(x + k * p.m + 32 * i, _mm512_maskz_loadu_epi16(
-          mask32(p.k - k), static_cast<const bf16*>(p.x) + i * p.x_stride + k));
+    for (int64_t k = 0; k < p.k; k += step)
+      _mm512_store_si512(x + k * p.m + step * i,
+                         load_words(static_cast<const T*>(p.x) + i * p.x_stride + k, p.k - k));
   const __m512i column = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
                                             _mm512_set1_epi32(kGemvLanes));
   parallel((p.n + block - 1) / block, [&](int64_t item) {
     float sums[2][kGemvBlock * kGemvLanes];
     const int64_t j0 = item * block, count = std::min(block, p.n - j0);
     for (int half = 0; half < (p.gated ? 2 : 1); ++half)
-      kDotRows[p.m - 1](p, w + (j0 + half * p.n) * p.w_stride, x, count, sums[half]);
+      kDotRows<T>[p.m - 1](p, w + (j0 + half * p.n) * p.w_stride, x, count, sums[half]);
     for (int64_t i = 0; i < p.m; ++i)
       for (int64_t j = 0; j < count; j += 16) {
         const __mmask16 mask = mask16(count - j);
@@ -99,7 +99,7 @@ void few_rows(const Linear& p) {
           return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, column, sums[half] + j * kGemvLanes + i, 4);
         };
         const __m512 v = sum(0);
-        finish<bf16>(p, i, j0 + j, v, p.gated ? sum(1) : v, mask);
+        finish<T>(p, i, j0 + j, v, p.gated ? sum(1) : v, mask);
       }
   });
 }
@@ -108,6 +108,7 @@ constexpr int64_t kBlock = 64;  // weight rows of one work item
 constexpr int64_t kPackAlone = 131072;  // elements of x that one thread packs sooner than two have been woken
 
 // The sums of one block of weight rows, [row][unit of the panel][lane], to rows of y.
+template <class T>
 void finish_block(const Linear& p, int64_t i0, int64_t j0, int64_t count, int64_t units, const float* sums,
                   const float* sums_up) {
   for (int64_t u = 0; u < units; ++u)
@@ -121,23 +122,24 @@ void finish_block(const Linear& p, int64_t i0, int64_t j0, int64_t count, int64_
         for (int r = 0; r < 16; ++r) up[r] = _mm512_load_si512(sums_up + ((j + r) * kTileUnits + u) * kUnit);
         transpose16(up);
       }
-      const int64_t rows = std::min(kUnit, p.m - i0 - u * kUnit);
+      const int64_t rows = std::min<int64_t>(kUnit, p.m - i0 - u * kUnit);
       for (int64_t r = 0; r < rows; ++r)
-        finish<bf16>(p, i0 + u * kUnit + r, j0 + j, _mm512_castsi512_ps(v[r]),
+        finish<T>(p, i0 + u * kUnit + r, j0 + j, _mm512_castsi512_ps(v[r]),
                      _mm512_castsi512_ps(p.gated ? up[r] : v[r]), mask);
     }
 }
 
 struct Packed;
 
+template <class T>
 void many_rows(const Linear& p) {
-  const int64_t units = (p.m + kUnit - 1) / kUnit, pairs = (p.k + 1) / 2, unit_stride = pairs * 2 * kUnit;
-  bf16* packed = static_cast<bf16*>(scratch<Packed>(units * unit_stride * sizeof(bf16)));
+  const int64_t units = (p.m + kUnit - 1) / kUnit, unit_stride = unit_size<T>(p.k);
+  T* packed = static_cast<T*>(scratch<Packed>(units * unit_stride * sizeof(T)));
   const auto pack = [&](int64_t u) {
-    const bf16* rows[16];
+    const T* rows[kUnit];
     for (int64_t i = 0; i < kUnit; ++i) {
       const int64_t row = u * kUnit + i;
-      rows[i] = row < p.m ? static_cast<const bf16*>(p.x) + row * p.x_stride : nullptr;
+      rows[i] = row < p.m ? static_cast<const T*>(p.x) + row * p.x_stride : nullptr;
     }
     pack_unit(rows, p.k, packed + u * unit_stride);
   };
@@ -148,7 +150,7 @@ void many_rows(const Linear& p) {
 
   const int64_t panels = (units + kTileUnits - 1) / kTileUnits, blocks = (p.n + kBlock - 1) / kBlock;
   const int64_t groups = std::clamp<int64_t>((4 * threads() + blocks - 1) / blocks, 1, panels);
-  const bf16* w = static_cast<const bf16*>(p.w);
+  const T* w = static_cast<const T*>(p.w);
   parallel(blocks * groups, [&](int64_t item) {
     alignas(64) float sums[2][kBlock * kTileUnits * kUnit];
     const int64_t j0 = item / groups * kBlock, count = std::min(kBlock, p.n - j0);
@@ -158,24 +160,32 @@ void many_rows(const Linear& p) {
       const int64_t ahead = panel == panels * g / groups ? kTileRows * p.w_stride : 0;
       for (int half = 0; half < (p.gated ? 2 : 1); ++half)
         for (int64_t j = 0; j < count; j += kTileRows) {
-          const bf16* rows[kTileRows];
+          const T* rows[kTileRows];
           for (int r = 0; r < kTileRows; ++r)
             rows[r] = w + (j0 + half * p.n + std::min(j + r, count - 1)) * p.w_stride;
-          kTiles[mv - 1](rows, packed + u0 * unit_stride, unit_stride, p.k, ahead,
+          kTiles<T>[mv - 1](rows, packed + u0 * unit_stride, unit_stride, p.k, ahead,
                          sums[half] + j * kTileUnits * kUnit);
         }
-      finish_block(p, u0 * kUnit, j0, count, mv, sums[0], sums[1]);
+      finish_block<T>(p, u0 * kUnit, j0, count, mv, sums[0], sums[1]);
     }
   });
 }
 
+template <class T>
+void linear(const Linear& p) {
+  if (p.m <= kGemvRows)
+    few_rows<T>(p);
+  else
+    many_rows<T>(p);
+}
+
 }  // namespace
 
-void linear_bf16(const Linear& p) {
-  if (p.m <= kGemvRows)
-    few_rows(p);
+void run_linear(const Linear& p) {
+  if (p.dtype == Dtype::f32)
+    linear<float>(p);
   else
-    many_rows(p);
+    linear<bf16>(p);
 }
 
 }  // namespace ascend_cpu

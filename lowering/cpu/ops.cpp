@@ -112,8 +112,15 @@ int64_t row_stride(const at::Tensor& t) {
   return stride < 0 ? t.size(-1) : stride;
 }
 
-// Tiles of x in AMX registers beat ours as soon as repacking the weight is paid for.
-bool kernel_is_best(int64_t m) { return isa() == Isa::avx512_bf16 || (isa() == Isa::amx_bf16 && m <= 16); }
+// Whether our kernels are the best there is for tensors of this dtype, most of them with `rows` rows. In bf16, tiles of
+// x in AMX registers beat ours as soon as repacking the weight is paid for. In fp32, MKL is as fast on Intel's
+// processors (which have AMX if they have bf16) and slower on AMD's.
+bool kernel_is_best(at::ScalarType dtype, int64_t rows) {
+  if (dtype == at::kFloat) return isa() == Isa::avx512_bf16;
+  return dtype == at::kBFloat16 && (isa() == Isa::avx512_bf16 || (isa() == Isa::amx_bf16 && rows <= 16));
+}
+
+Dtype dtype_of(const at::Tensor& t) { return t.scalar_type() == at::kFloat ? Dtype::f32 : Dtype::bf16; }
 
 at::Tensor linear_with(bool allow_kernel, const at::Tensor& x, const at::Tensor& w, const OptTensor& bias,
                        std::string_view text, const OptTensor& other) {
@@ -131,9 +138,10 @@ at::Tensor linear_with(bool allow_kernel, const at::Tensor& x, const at::Tensor&
   int64_t m = 1;
   for (size_t d = 0; d + 1 < sizes.size(); ++d) m *= sizes[d];
 
-  const auto bf16 = [](const OptTensor& t) { return !t || (t->scalar_type() == at::kBFloat16 && t->is_cpu()); };
+  const auto alike = [&](const OptTensor& t) { return !t || (t->scalar_type() == x.scalar_type() && t->is_cpu()); };
   const int64_t w_stride = w.size(0) == 1 ? k : w.stride(0);
-  if (!allow_kernel || !kernel_is_best(m) || !bf16(x) || !bf16(w) || !bf16(bias) || !bf16(other) || k == 0 ||
+  if (!allow_kernel || !kernel_is_best(x.scalar_type(), m) || !alike(x) || !alike(w) || !alike(bias) || !alike(other) ||
+      k == 0 ||
       (k != 1 && w.stride(1) != 1) || w_stride < k || (bias && bias->numel() > 1 && bias->stride(0) != 1))
     return portable(x, w, bias, e, other);
 
@@ -149,7 +157,7 @@ at::Tensor linear_with(bool allow_kernel, const at::Tensor& x, const at::Tensor&
   }
   at::Tensor y = at::empty(sizes, x.options());
   if (m == 0 || n == 0) return y;
-  linear_bf16({rows.const_data_ptr(), w.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
+  run_linear({dtype_of(x), rows.const_data_ptr(), w.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
                other ? extra.const_data_ptr() : nullptr, y.mutable_data_ptr(), m, n, k, x_stride, w_stride,
                other_stride, e.act, e.combine, e.gated});
   return y;
@@ -211,10 +219,10 @@ at::Tensor attention_with(bool allow_kernel, const at::Tensor& q, const at::Tens
                     "ascend_cpu::flash_attention: q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(),
                     " must be [B,Hq,Sq,D], [B,Hk,Sk,D] and [B,Hk,Sk,Dv] with Hq a multiple of Hk");
   TORCH_CHECK_VALUE(!mask || mask->scalar_type() == at::kBool, "ascend_cpu::flash_attention: mask must be bool");
-  const auto bf16 = [](const at::Tensor& t) { return t.scalar_type() == at::kBFloat16 && t.is_cpu(); };
+  const auto alike = [&](const at::Tensor& t) { return t.scalar_type() == q.scalar_type() && t.is_cpu(); };
   const int64_t batch = q.size(0), hq = q.size(1), sq = q.size(2), sk = k.size(2), dv = v.size(3);
-  const bool bias_fits = !bias || bf16(*bias) || bias->scalar_type() == at::kFloat;
-  if (!allow_kernel || isa() == Isa::portable || !bf16(q) || !bf16(k) || !bf16(v) || !bias_fits ||
+  const bool bias_fits = !bias || bias->scalar_type() == at::kBFloat16 || bias->scalar_type() == at::kFloat;
+  if (!allow_kernel || !kernel_is_best(q.scalar_type(), 1) || !alike(q) || !alike(k) || !alike(v) || !bias_fits ||
       q.numel() == 0 || k.numel() == 0 || v.numel() == 0 || sq + sk > (1 << 29))
     return attention_portable(q, k, v, bias, mask, sinks, how);
 
@@ -227,7 +235,7 @@ at::Tensor attention_with(bool allow_kernel, const at::Tensor& q, const at::Tens
   const at::Tensor q1 = dense(q), k1 = dense(k), v1 = dense(v), b1 = full(bias), m1 = full(mask);
   const at::Tensor s1 = sinks ? sinks->to(at::kFloat).expand({hq}).contiguous() : at::Tensor();
   at::Tensor y = at::empty({batch, sq, hq, dv}, q.options()).transpose(1, 2);
-  Attention p{q1.const_data_ptr(), k1.const_data_ptr(), v1.const_data_ptr(), y.mutable_data_ptr(),
+  Attention p{dtype_of(q), q1.const_data_ptr(), k1.const_data_ptr(), v1.const_data_ptr(), y.mutable_data_ptr(),
               bias ? b1.const_data_ptr() : nullptr, mask ? m1.const_data_ptr<bool>() : nullptr,
               sinks ? s1.const_data_ptr<float>() : nullptr, bias && bias->scalar_type() == at::kFloat,
               batch, hq, k.size(1), sq, sk, q.size(3), dv, {}, {}, {}, {}, {}, {},
@@ -242,7 +250,7 @@ at::Tensor attention_with(bool allow_kernel, const at::Tensor& q, const at::Tens
     if (bias) p.bias_stride[i] = b1.stride(i);
     if (mask) p.mask_stride[i] = m1.stride(i);
   }
-  attention_bf16(p);
+  run_attention(p);
   return y;
 }
 

@@ -34,6 +34,9 @@ inline __m256i narrow(__m512 v) {
 
 inline void store(bf16* p, __m512 v, __mmask16 mask) { _mm256_mask_storeu_epi16(p, mask, narrow(v)); }
 
+inline __m512 load(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline void store(float* p, __m512 v, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, v); }
+
 // Rows become columns.
 inline void transpose16(__m512i (&r)[16]) {
   __m512i t[16];

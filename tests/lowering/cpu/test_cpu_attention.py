@@ -52,7 +52,7 @@ dims = st.sampled_from([1, 2, 7, 8, 16, 17, 33, 64, 80, 128])
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=100)
+@settings(max_examples=150)
 @given(
     batch=st.integers(1, 2),
     heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (6, 2)]),
@@ -157,7 +157,7 @@ def test_same_bits_for_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes(dtype):
     q, k, v = (t.to(dtype) for t in qkv(10, 20))
     check(ops.flash_attention, q, k, v, scale=0.125, causal="bottom_right")

@@ -1,32 +1,43 @@
+"""The cost model says what was measured, in sign and rough size."""
+
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
 from ascend_dynamo.lowering.cpu.cost import attention_gain, linear_gain
 
-BF16 = torch.bfloat16
+BF16, FP32 = torch.bfloat16, torch.float32
+AVX: dict[str, Any] = {"isa": "avx512_bf16", "threads": 2}
+ATTENTION: dict[str, Any] = dict(batch=1, heads=16, queries=128, keys=128, dim=128, dtype=BF16, causal=True, **AVX)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("m", [1, 8, 128])
-def test_a_plain_weight_is_worth_reading_as_it_is(m):
-    assert linear_gain(m, 4096, 1024, BF16, isa="avx512_bf16", threads=2) > 1e-4
+def test_a_plain_weight_is_worth_reading_as_it_is(m, dtype):
+    assert linear_gain(m, 4096, 1024, dtype, **AVX) > 1e-4
 
 
-def test_many_rows_gain_nothing():
-    assert abs(linear_gain(2048, 4096, 1024, BF16, isa="avx512_bf16", threads=2)) < 2e-3
-    assert linear_gain(65536, 4096, 1024, BF16, isa="avx512_bf16", threads=2) < 0
+def test_many_bf16_rows_gain_nothing():
+    assert abs(linear_gain(2048, 4096, 1024, BF16, **AVX)) < 2e-3
+    assert linear_gain(65536, 4096, 1024, BF16, **AVX) < 0
 
 
-@pytest.mark.parametrize("case", [{"isa": "portable"}, {"dtype": torch.float32}, {"isa": "amx_bf16", "m": 128}])
+@pytest.mark.parametrize(
+    "case",
+    [{"isa": "portable"}, {"dtype": torch.float16}, {"isa": "amx_bf16", "m": 128}, {"isa": "amx_bf16", "dtype": FP32}],
+)
 def test_no_gain_where_the_operator_calls_aten(case):
-    args = {"m": 1, "n": 64, "k": 64, "dtype": BF16, "isa": "avx512_bf16", "threads": 2, **case}
+    args = {"m": 1, "n": 64, "k": 64, "dtype": BF16, **AVX, **case}
     assert linear_gain(**args) == 0
 
 
-def test_attention_gains_and_does_not_claim_the_unmeasured():
-    args = dict(batch=1, heads=16, queries=128, keys=128, dim=128, dtype=BF16, causal=True, threads=2)
-    assert attention_gain(**args, isa="avx512_bf16") > 0
-    assert attention_gain(**args, isa="amx_bf16") == 0
-    assert attention_gain(**{**args, "queries": 1}, isa="amx_bf16") > 0
-    assert attention_gain(**{**args, "dtype": torch.float32}, isa="avx512_bf16") == 0
+def test_attention_gains_where_it_was_measured():
+    assert attention_gain(**ATTENTION) > 0
+    assert attention_gain(**{**ATTENTION, "isa": "amx_bf16"}) == 0
+    assert attention_gain(**{**ATTENTION, "isa": "amx_bf16", "queries": 1}) > 0
+    assert attention_gain(**{**ATTENTION, "dtype": FP32}) > 0
+    assert attention_gain(**{**ATTENTION, "dtype": FP32, "queries": 1}) < 0
+    assert attention_gain(**{**ATTENTION, "dtype": torch.float16}) == 0

@@ -39,14 +39,15 @@ def sums(x, w, bias, epilogue, other):
     return s.amax(-1, keepdim=True)
 
 
-def check(op, x, w, bias=None, epilogue="none", other=None, ulps=1.0):
+def check(op, x, w, bias=None, epilogue="none", other=None):
     got = op(x, w, bias, epilogue, other)
     wide = [None if t is None else t.double() for t in (x, w, bias)]
     o = None if other is None else other.double()
     exact, eager = meaning(*wide, epilogue, o), meaning(x, w, bias, epilogue, other)
     assert got.is_contiguous()
     if exact.numel():
-        assert_in_budget(got, eager, exact, sums(*wide, epilogue, o), ulps)
+        # Our gelu is good to 1.5e-7: nothing in bf16, and a unit and a half of float.
+        assert_in_budget(got, eager, exact, sums(*wide, epilogue, o), ulps=1.0 if x.dtype is torch.bfloat16 else 4.0)
     else:
         assert got.shape == exact.shape and got.dtype == x.dtype
 
@@ -57,7 +58,7 @@ depth = st.one_of(st.integers(0, 5), st.integers(30, 36), st.integers(62, 66), s
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=120)
+@settings(max_examples=200)
 @given(
     m=rows,
     n=columns,
@@ -66,13 +67,14 @@ depth = st.one_of(st.integers(0, 5), st.integers(30, 36), st.integers(62, 66), s
     with_bias=st.booleans(),
     with_other=st.booleans(),
     gap=st.sampled_from([0, 1, 7, 32]),
+    dtype=st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float32]),
     seed=st.integers(0, 1000),
 )
-def test_any_size(path, m, n, k, epilogue, with_bias, with_other, gap, seed):
+def test_any_size(path, m, n, k, epilogue, with_bias, with_other, gap, dtype, seed):
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=g).bfloat16()
+        return torch.randn(*shape, generator=g).to(dtype)
 
     weights = 2 * n if epilogue.startswith("swiglu") else n
     x, w = draw(m, k + gap)[:, :k], draw(weights, k + 2 * gap)[:, :k]
@@ -99,15 +101,22 @@ def test_layouts(m):
     check(ops.linear, torch.randn(m, 64).bfloat16(), w, None, "none", torch.randn(33, m).bfloat16().T)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes_run_on_aten(dtype):
     x, w, b = torch.randn(9, 32, dtype=dtype), torch.randn(20, 32, dtype=dtype), torch.randn(20, dtype=dtype)
-    check(ops.linear, x, w, b, "gelu", torch.randn(9, 20, dtype=dtype), ulps=8.0)
+    check(ops.linear, x, w, b, "gelu", torch.randn(9, 20, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("m,n,k", [(1, 300, 1024), (16, 100, 1024), (128, 200, 768)])
-def test_model_sizes(m, n, k):
-    check(ops.linear, torch.randn(m, k).bfloat16(), (torch.randn(n, k) * 0.02).bfloat16(), torch.randn(n).bfloat16())
+def test_model_sizes(m, n, k, dtype):
+    x, w, bias = torch.randn(m, k), torch.randn(n, k) * 0.02, torch.randn(n)
+    check(ops.linear, x.to(dtype), w.to(dtype), bias.to(dtype), "gelu")
+
+
+def test_mixed_dtypes_are_left_to_aten():
+    with pytest.raises(RuntimeError, match="dtype"):
+        ops.linear(torch.randn(2, 8).bfloat16(), torch.randn(4, 8))
 
 
 @pytest.mark.parametrize("m", [1, 3, 4, 50])
