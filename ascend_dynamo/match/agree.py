@@ -10,7 +10,7 @@ from torch import fx
 
 from ascend_dynamo.dialect.equal import agree, bitwise
 
-UNITS = 16.0  # roundings of the dtype that a result may be off beyond what eager is off
+UNITS = 4.0  # roundings of the dtype that a result may be off beyond what eager is off
 _LIFTABLE = frozenset({"aten", "prims", "ascend", "_operator"})
 
 

@@ -206,7 +206,8 @@ class _Search:
         elif self.dtype is None:
             if dtype not in self.alternative.dtypes:
                 allowed = " or ".join(sorted(map(str, self.alternative.dtypes)))
-                return self.fail("dtype", value, f'{allowed} for "{wanted.name}"', dtype)
+                # Alternatives of the other dtypes get no further than this wherever the pattern is found.
+                return self.fail("dtype", value, f'{allowed} for "{wanted.name}"', dtype, 0.5)
             self.dtype = dtype
         elif dtype is not self.dtype:
             return self.fail("dtype", value, f'{self.dtype} for "{wanted.name}"', dtype)
@@ -262,6 +263,9 @@ class _Search:
                 if not low <= env[name] <= high:
                     return self.fail("arg", self.calls[0], f'"{name}" within {low} .. {high}', env[name])
                 self.scalars[name] = env[name]
+        for name in alternative.float_sizes:
+            if not isinstance(env.get(name, 0), int):
+                return self.fail("unproven", self.calls[0], f"a fixed {name}: a number is computed from it", env[name])
         self.result = self.make(env)
         requires = self.pattern.domain.requires
         if requires is not None:
@@ -325,9 +329,9 @@ class _Search:
             self.dtype,
         )
 
-    def fail(self, code: Any, node: Any, expected: Any, found: Any) -> bool:
+    def fail(self, code: Any, node: Any, expected: Any, found: Any, share: float = 1.0) -> bool:
         at = node if isinstance(node, fx.Node) else next((c for c in self.calls if c is not None), None)
-        self.why.note(self.bound / (len(self.calls) or 1), code, at, expected, found)
+        self.why.note(share * self.bound / (len(self.calls) or 1), code, at, expected, found)
         return False
 
 

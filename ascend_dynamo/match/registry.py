@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,6 +13,8 @@ import networkx as nx
 
 from ascend_dynamo.contracts import Pattern
 from ascend_dynamo.errors import PatternError
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class Registry:
@@ -137,7 +140,8 @@ def source_of(thing: Any) -> str:
     closure = getattr(thing, "__closure__", None) or ()
     cells = [c.cell_contents for c in closure]
     held = [source_of(c) if inspect.isfunction(c) else repr(c) for c in cells if c is not thing]
-    return "\n".join([text, *held, repr(getattr(thing, "__defaults__", None))])
+    # Default representations end in an address, which differs from process to process.
+    return _ADDRESS.sub("", "\n".join([text, *held, repr(getattr(thing, "__defaults__", None))]))
 
 
 def _constants(code: types.CodeType) -> list[Any]:

@@ -167,6 +167,11 @@ class Alternative:
     ranks: Mapping[str, int] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)  # choices, and None for inputs that it lacks
+    float_sizes: frozenset[str] = field(init=False)  # sizes from which the replacement computes floating-point numbers
+
+    def __post_init__(self) -> None:
+        exprs = [a.data for c in self.new_calls for a in c.args if a.kind == SIZE]
+        self.float_sizes = frozenset(n for e in exprs if "." in e.text or "**" in e.text for n in e.names())
 
     @property
     def anchor(self) -> Any:
