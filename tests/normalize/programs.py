@@ -37,7 +37,9 @@ def _unary(rng: random.Random, x: torch.Tensor) -> Callable[[torch.Tensor], torc
         "unsqueeze": lambda t: t.unsqueeze(d),
         "unsqueeze_squeeze": lambda t: t.unsqueeze(d).squeeze(d),
         "flatten": (lambda t: t.flatten(0, 1)) if rank >= 2 else None,
-        "view_rows": (lambda t: t.contiguous().view(-1, t.shape[-1])) if rank >= 2 and last else None,
+        "view_rows": (lambda t: t.contiguous().view(-1, t.shape[-1]) if t.numel() else t)
+        if rank >= 2 and last
+        else None,
         "reshape_same": lambda t: t.reshape(t.shape),
         "slice_last": lambda t: t[..., :2],
         "slice_tail": lambda t: t[..., -2:],
@@ -59,7 +61,7 @@ def _unary(rng: random.Random, x: torch.Tensor) -> Callable[[torch.Tensor], torc
         "expand_same": lambda t: t.expand(t.shape),
         "repeat": lambda t: t.repeat(*[1] * (rank - 1), 2)[..., :LAST],
         "repeat_ones": lambda t: t.repeat(*[1] * rank),
-        "repeat_kv": (lambda t: t[:, None].expand(t.shape[0], 2, *t.shape[1:]).reshape(-1, *t.shape[1:]))
+        "repeat_kv": (lambda t: t[:, None].expand(t.shape[0], 2, *t.shape[1:]).reshape(t.shape[0] * 2, *t.shape[1:]))
         if rank >= 2
         else None,
         "clone": lambda t: t.clone(),

@@ -22,7 +22,7 @@ from ascend_dynamo.ir.text import graph_text
 from ascend_dynamo.ir.verify import promise, verify
 from ascend_dynamo.normalize import normalize
 
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
 SHAPES = [(2, 3, LAST), (1, 5, LAST), (1, 1, LAST), (0, 3, LAST), (3, 1, LAST), (4, LAST)]
 
 
@@ -34,30 +34,35 @@ def bits(t: torch.Tensor) -> torch.Tensor:
     return torch.stack([t.nan_to_num(7.5), t.isnan().double(), torch.signbit(t).double() * ~t.isnan()])
 
 
-def check(fn: Callable[..., Any], unit: GraphUnit, inputs: list[torch.Tensor]) -> None:
-    expected_inputs, actual_inputs = [t.clone() for t in inputs], [t.clone() for t in inputs]
-    with torch.no_grad():
-        expected = fn(*expected_inputs)
-        actual = fx.Interpreter(unit.gm).run(*actual_inputs)
-    for e, a in zip([*expected, *expected_inputs], [*actual, *actual_inputs], strict=True):
-        assert e.dtype == a.dtype
-        assert e.shape == a.shape
-        assert torch.equal(bits(e), bits(a)), graph_text(unit)
-
-
-def normalized(fn: Callable[..., Any], args: list[torch.Tensor], mode: Any = None) -> GraphUnit:
+def check(
+    fn: Callable[..., Any], args: list[torch.Tensor], runs: list[list[torch.Tensor]], mode: Any = None
+) -> GraphUnit:
+    """Capture ``fn(*args)`` and normalise it; every run gives the captured graph's results, writes included."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         unit = trace(fn, args, fake_mode=mode)
     before = promise(unit)
     captured = graph_text(unit)
+    expected = [execute(unit, inputs) for inputs in runs]
     normalize(unit)
     verify(unit, before, [n for n in unit.gm.graph.nodes if n.op == "call_function"])
     text = graph_text(unit)
+    for want, inputs in zip(expected, runs, strict=True):
+        for e, a in zip(want, execute(unit, inputs), strict=True):
+            assert e.dtype == a.dtype
+            assert e.shape == a.shape
+            assert torch.equal(bits(e), bits(a)), f"{captured}\n->\n{text}"
     again = normalize(unit)
     assert graph_text(unit) == text, captured
     assert not again.changed, text
     return unit
+
+
+def execute(unit: GraphUnit, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs, and the inputs as the graph leaves them."""
+    given = [t.clone() for t in inputs]
+    with torch.no_grad():
+        return [*(t.clone() for t in fx.Interpreter(unit.gm).run(*given)), *given]
 
 
 @SETTINGS
@@ -66,7 +71,7 @@ def test_bits_do_not_change(seed: int, shape: tuple[int, ...], count: int) -> No
     rng = random.Random(seed)
     inputs = [values(shape, rng) for _ in range(count)]
     fn = program(seed, inputs)
-    check(fn, normalized(fn, inputs), inputs)
+    check(fn, inputs, [inputs])
 
 
 @SETTINGS
@@ -79,10 +84,10 @@ def test_writes_stay_where_they_are(seed: int, shape: tuple[int, ...], count: in
         fn(*[t.clone() for t in inputs])
     except RuntimeError:
         assume(False)  # a write through an expanded view
-    check(fn, normalized(fn, inputs), inputs)
+    check(fn, inputs, [inputs])
 
 
-@SETTINGS
+@settings(SETTINGS, max_examples=15)
 @given(seed=st.integers(0, 10**9))
 def test_sizes_may_be_symbolic(seed: int) -> None:
     rng = random.Random(seed)
@@ -95,12 +100,10 @@ def test_sizes_may_be_symbolic(seed: int) -> None:
             dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
         ),
     )
-    unit = normalized(fn, [fake], mode)
-    check(fn, unit, [example])
-    placeholder = next(iter(unit.gm.graph.nodes)).meta["val"]
-    assume(all(isinstance(s, torch.SymInt) for s in placeholder.shape[:2]))
-    if not mode.shape_env.guards:
-        check(fn, unit, [values((7, 9, LAST), rng)])
+    runs = [[example], [values((7, 9, LAST), rng)]]
+    trace(fn, [fake], fake_mode=mode)
+    # What the program itself asked about its sizes (is a slice empty?) may hold for the example only.
+    check(fn, [fake], runs if not mode.shape_env.guards else runs[:1], mode)
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -116,4 +119,8 @@ def test_swapped_inputs_are_both_read_before_they_are_written(order: int) -> Non
         return (old_a,)
 
     inputs = [torch.arange(4.0).reshape(2, 2), -torch.ones(2, 2)]
-    check(swap, normalized(swap, inputs), inputs)
+    unit = check(swap, inputs, [inputs])
+    given = [t.clone() for t in inputs]
+    fx.Interpreter(unit.gm).run(*given)
+    assert torch.equal(given[0], inputs[1])
+    assert torch.equal(given[1], inputs[0])
