@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from ascend_dynamo.dialect import is_dialect_op, spec_of
 from ascend_dynamo.dialect.equal import agree, bitwise
 
 UNITS = 4.0  # roundings of the dtype that a result may be off beyond what eager is off
@@ -26,7 +29,35 @@ def differs_in_algebra(was: Any, now: Any, exact: bool = True) -> str:
     return "" if found is None else f"({found})"
 
 
-def differs_at_dtype(was: Any, now: Any, exact: Any, level: int = 2) -> str:
+def differs_at_dtype(was: Any, now: Any, exact: Any, level: int = 2, budget: Budget | None = None) -> str:
     """How ``now`` is further from ``exact`` than ``was`` and some rounding allow; at level O1 how its bits differ."""
-    found = bitwise(now, was) if level <= 1 else agree(now, was, exact, c_ulp=UNITS)
+    budget = budget or Budget()
+    found = (
+        bitwise(now, was)
+        if level <= 1
+        else agree(
+            now, was, exact, c_ulp=budget.c_ulp, row_scale=None if budget.row_scale is None else [budget.row_scale]
+        )
+    )
     return "" if found is None else f"({found})"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a dialect operator declares: units of rounding, and the size of what is added up in a row."""
+
+    c_ulp: float = UNITS
+    row_scale: torch.Tensor | None = None
+
+
+def budget_of(node: fx.Node, lifted: Mapping[fx.Node, Any]) -> Budget:
+    """The budget of the dialect operator that makes ``node`` (itself, or a part of its result), on float64 values."""
+    index = None
+    if node.target is operator.getitem:
+        node, index = node.args  # type: ignore[assignment]
+    if not is_dialect_op(node.target):
+        return Budget()
+    spec = spec_of(node.target)
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: lifted.get(n, n.meta.get("val")))
+    scale = spec.scale64(*args, **kwargs)
+    return Budget(max(UNITS, spec.c_ulp), scale if scale is None or index is None else scale[index])

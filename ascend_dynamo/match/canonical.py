@@ -11,8 +11,21 @@ from torch import fx
 aten = torch.ops.aten
 
 _MISSING = object()
-_Slots = tuple[tuple[str, Any, bool], ...]  # (name, default, keyword only) of every argument
-_slots: dict[Any, _Slots | None] = {}
+
+
+class Slots:
+    """The arguments of an overload in schema order: names, defaults, and which are keyword-only."""
+
+    __slots__ = ("defaults", "keyword", "names", "target")
+
+    def __init__(self, target: Any, arguments: Any) -> None:
+        self.target = target  # keeps the target alive, and with it the id under which these slots are known
+        self.names = tuple(a.name for a in arguments)
+        self.defaults = tuple(a.default_value if a.has_default_value() else _MISSING for a in arguments)
+        self.keyword = tuple(a.kwarg_only for a in arguments)
+
+
+_slots: dict[int, Slots | None] = {}  # by id: hashing an overload is slow
 
 COMMUTATIVE = frozenset(
     {
@@ -34,19 +47,15 @@ COMMUTATIVE = frozenset(
 )
 
 
-def slots(target: Any) -> _Slots | None:
-    """Name, default and keyword-only flag of every argument of an overload; None if it has no schema."""
-    try:
-        return _slots[target]
-    except KeyError:
+def slots(target: Any) -> Slots | None:
+    """The arguments that a call target declares; None if it has no schema."""
+    found = _slots.get(id(target), _MISSING)
+    if found is _MISSING:
         schema = getattr(target, "_schema", None)
-        found: _Slots | None = None
-        if schema is not None:
-            found = tuple(
-                (a.name, a.default_value if a.has_default_value() else _MISSING, a.kwarg_only) for a in schema.arguments
-            )
-        _slots[target] = found
-        return found
+        if schema is None:
+            return None
+        found = _slots[id(target)] = Slots(target, schema.arguments)
+    return found  # type: ignore[return-value]
 
 
 def canonical(node: fx.Node) -> tuple[Any, ...]:
@@ -55,9 +64,10 @@ def canonical(node: fx.Node) -> tuple[Any, ...]:
     table = slots(node.target)
     if table is None:
         return (*args, *kwargs.values()) if kwargs else args
-    if not kwargs and len(args) == len(table):
-        return args
-    return tuple(args[i] if i < len(args) else kwargs.get(name, default) for i, (name, default, _) in enumerate(table))
+    rest = table.defaults[len(args) :]
+    if not kwargs:
+        return args + rest if rest else args
+    return args + tuple(map(kwargs.get, table.names[len(args) :], rest))
 
 
 def split(target: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -67,18 +77,15 @@ def split(target: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str
         return args, {}
     positional: list[Any] = []
     kwargs: dict[str, Any] = {}
-    for value, (name, default, keyword) in zip(args, table, strict=True):
-        if same_literal(value, default):
-            if not keyword:
-                positional.append(_MISSING)
-        elif keyword:
-            kwargs[name] = value
-        else:
+    needed = 0
+    for value, name, default, keyword in zip(args, table.names, table.defaults, table.keyword, strict=True):
+        given = not same_literal(value, default)
+        if not keyword:
             positional.append(value)
-    while positional and positional[-1] is _MISSING:
-        positional.pop()
-    defaults = [default for _, default, keyword in table if not keyword]
-    return tuple(defaults[i] if value is _MISSING else value for i, value in enumerate(positional)), kwargs
+            needed = len(positional) if given else needed
+        elif given:
+            kwargs[name] = value
+    return tuple(positional[:needed]), kwargs
 
 
 def same_literal(a: Any, b: Any) -> bool:

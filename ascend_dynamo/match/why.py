@@ -15,12 +15,12 @@ class Why:
     __slots__ = ("_best",)
 
     def __init__(self) -> None:
-        self._best: tuple[float, ReasonCode, Any, str, str, str] | None = None
+        self._best: tuple[float, ReasonCode, Any, Any, Any, str] | None = None
 
     def note(self, progress: float, code: ReasonCode, node: Any, expected: Any, found: Any, fix: str = "") -> None:
         """Remember a refusal at ``node`` if it got further than those before."""
         if self._best is None or progress > self._best[0]:
-            self._best = (progress, code, node, str(expected), str(found), fix)
+            self._best = (progress, code, node, expected, found, fix)
 
     def refusal(self, refused: NoMatch) -> None:
         self.note(refused.progress or 1.0, refused.code, refused.node, refused.expected, refused.found, refused.fix)
@@ -31,4 +31,4 @@ class Why:
             return NoMatch("op", anchor, "an operator that the pattern ends with", str(anchor.target))
         progress, code, node, expected, found, fix = self._best
         at = node if isinstance(node, fx.Node) else anchor
-        return NoMatch(code, at, expected, found, progress, facts.src(at) or facts.src(anchor), fix)
+        return NoMatch(code, at, str(expected), str(found), progress, facts.src(at) or facts.src(anchor), fix)
