@@ -45,8 +45,6 @@ def optimal_buckets(histogram: Mapping[int, int], k: int) -> Buckets:
     best = [0, *(cost(0, j) for j in range(1, n + 1))]
     cuts: list[list[int]] = [[0] * (n + 1)]
     for layer in range(2, min(k, n) + 1):
-        if best[n] == 0:
-            break
         below, best, cut = best, [0] * (n + 1), [0] * (n + 1)
         work = [(layer, n, layer - 1, n - 1)]
         while work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,14 @@ def test_a_machine_without_compiler_or_cpuinfo(monkeypatch: pytest.MonkeyPatch) 
     assert key._compiler_version() == ""
     assert key._cpu_features("/does/not/exist") == ""
     key._cpu_features.cache_clear()
+
+
+def test_an_accelerator_is_part_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = key.this_device()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("npu"))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: SimpleNamespace(get_device_name=lambda: "910B"))
+    assert key.this_device()["accelerator"] == "npu:910B" and without["accelerator"] == ""
 
 
 @pytest.fixture
