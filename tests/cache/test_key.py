@@ -134,9 +134,9 @@ def test_a_machine_without_compiler_or_cpuinfo(monkeypatch: pytest.MonkeyPatch) 
 def test_an_accelerator_is_part_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     without = key.this_device()
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("npu"))
-    monkeypatch.setattr(torch, "get_device_module", lambda kind: SimpleNamespace(get_device_name=lambda: "910B"))
-    assert key.this_device()["accelerator"] == "npu:910B" and without["accelerator"] == ""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: SimpleNamespace(get_device_name=lambda: "M9"))
+    assert key.this_device()["accelerator"] == "mps:M9" and without["accelerator"] == ""
 
 
 @pytest.fixture
