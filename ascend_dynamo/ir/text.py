@@ -68,6 +68,8 @@ class _Printer:
         self._names: dict[fx.Node, str] = {}
         self._symbols: dict[Any, Any] = {}
         self._counts: dict[str, int] = {}
+        self._sizes: dict[Any, str] = {}
+        self._targets: dict[int, str] = {}  # by id: hashing an overload is slow
 
     def lines(self, sources: bool) -> list[str]:
         result = []
@@ -100,9 +102,13 @@ class _Printer:
             return f"prologue {made[0]}" if made else "param" if self._is_param(node) else "input"
         if node.op == "get_attr":
             return f"const {self._constant(node)}"
-        target = op_name(node.target) if node.op == "call_function" else f"{node.op} {node.target}"
+        target = self._targets.get(id(node.target))
+        if target is None:
+            target = op_name(node.target) if node.op == "call_function" else f"{node.op} {node.target}"
+            self._targets[id(node.target)] = target
         args = [self._arg(a) for a in node.args]
-        args += [f"{k}={self._arg(a)}" for k, a in sorted(node.kwargs.items())]
+        if node.kwargs:
+            args += [f"{k}={self._arg(a)}" for k, a in sorted(node.kwargs.items())]
         return f"{target}({', '.join(args)})"
 
     def _constant(self, node: fx.Node) -> str:
@@ -118,8 +124,10 @@ class _Printer:
         return "sha256:" + hashlib.sha256(data).hexdigest()[:12]
 
     def _arg(self, a: Any) -> str:
-        if isinstance(a, fx.Node):
+        if type(a) is fx.Node:
             return self._names[a]
+        if type(a) is int:
+            return str(a)
         if isinstance(a, (list, tuple)):
             return f"[{', '.join(map(self._arg, a))}]"
         if isinstance(a, torch.dtype):
@@ -136,7 +144,7 @@ class _Printer:
 
     def _value(self, val: Any) -> str:
         if isinstance(val, torch.Tensor):
-            return f"{dtype_name(val.dtype)}[{', '.join(map(self._size, val.shape))}]"
+            return f"{dtype_name(val.dtype)}[{', '.join([self._size(s) for s in val.shape])}]"
         if isinstance(val, (list, tuple)):
             return f"({', '.join(map(self._value, val))})"
         if isinstance(val, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -144,7 +152,16 @@ class _Printer:
         return "none" if val is None else type(val).__name__
 
     def _size(self, size: Any) -> str:
+        if type(size) is int:
+            return str(size)
         e = compat.sym_expr(size)
+        key = (type(e), e)  # True is not 1
+        found = self._sizes.get(key)
+        if found is None:
+            self._sizes[key] = found = self._expression(e)
+        return found
+
+    def _expression(self, e: Any) -> str:
         if not isinstance(e, sympy.Basic):
             return str(e)
         if not e.free_symbols <= self._symbols.keys():
