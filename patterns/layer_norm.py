@@ -51,6 +51,8 @@ def scale_only(x, w, eps):  # type: ignore[no-untyped-def]
 # float64 is left out: the upcast spelling would round it to float32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIMS = {"H": (2, None)}
+# A centred input inside is an RMSNorm too; the larger fusion comes first.
+LATER = ("rms_norm", "rms_norm_reordered", "add_layer_norm")
 
 PATTERNS = (
     declare(
@@ -62,7 +64,7 @@ PATTERNS = (
         benefit=5,
         scalars={"eps": (1e-8, 1e-2)},
         emits=("aten.layer_norm",),
-        before=("layer_norm_scale", "add_layer_norm"),
+        before=("layer_norm_scale", *LATER),
     ),
     declare(
         "layer_norm_scale",
@@ -73,6 +75,6 @@ PATTERNS = (
         benefit=4,
         scalars={"eps": (1e-8, 1e-2)},
         emits=("aten.layer_norm",),
-        before=("add_layer_norm",),
+        before=LATER,
     ),
 )

@@ -13,6 +13,7 @@ after: ``y = ascend.rotary(x, cat([c, c], 3), cat([s, s], 3))``, or with each ta
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from ._calls import arg, arguments, ascend, aten, commuted, dtype, is_call, leaks, refuse, same_shape
+from ._calls import arguments, ascend, aten, commuted, dtype, is_call, leaks, refuse, same_shape
 from ._rotary import broadcast_table, members, stacked_pair
 from ._window import emit_window
 
@@ -60,21 +61,21 @@ class RotaryHalves(ProceduralPattern):
         if parts is None:
             return refuse(facts, "op", anchor, "the two halves of a rotation", "another layout")
         real, imag, inner = parts
-        found = _products(real, imag)
-        if found is None:
-            return refuse(facts, "op", anchor, "cat([x1 * c - x2 * s, x2 * c + x1 * s])", "other halves", 0.2)
-        x1, x2, c, s, products = found
-        if dtype(facts, x1) != dtype(facts, x2) or not same_shape(facts, x1, x2):
-            shapes = f"{list(facts.val(x1).shape)} and {list(facts.val(x2).shape)}"
-            return refuse(facts, "shape", anchor, "halves of one shape and dtype", shapes, 0.7)
-        refusal = broadcast_table(facts, anchor, x1, c) or broadcast_table(facts, anchor, x1, s)
-        nodes = frozenset((anchor, real, imag, *inner, *products))
-        refusal = refusal or leaks(facts, nodes, (anchor,), 0.9)
-        if refusal:
-            return refusal
-        x = members(facts, x1, x2, woven)
-        inputs = {"x": x, "x1": x1, "x2": x2, "c": c, "s": s, "interleaved": woven}
-        return Match(self.name, anchor, nodes, inputs, (anchor,))
+        best = refuse(facts, "op", anchor, "cat([x1 * c - x2 * s, x2 * c + x1 * s])", "other halves", 0.2)
+        # Where shapes leave it open which factor is x, it is the one that was cut into halves.
+        for x1, x2, c, s in sorted(_factors(real, imag), key=lambda f: members(facts, f[0], f[1], woven) is None):
+            refusal = _fits(facts, anchor, x1, x2, c, s)
+            if refusal is not None:
+                best = refusal
+                continue
+            nodes = frozenset((anchor, real, imag, *inner, *real.args[:2], *imag.args[:2]))
+            leak = leaks(facts, nodes, (anchor,), 0.9)
+            if leak is not None:
+                return leak
+            x = members(facts, x1, x2, woven)
+            inputs = {"x": x, "x1": x1, "x2": x2, "c": c, "s": s, "interleaved": woven}
+            return Match(self.name, anchor, nodes, inputs, (anchor,))
+        return best
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         woven = m.inputs["interleaved"]
@@ -90,21 +91,30 @@ class RotaryHalves(ProceduralPattern):
         return (torch.randn((b, rng.choice([1, 3]), s, 2 * k), dtype=dtype), *tables)
 
 
-def _products(real: Any, imag: Any) -> tuple[Any, Any, Any, Any, tuple[fx.Node, ...]] | None:
-    """(x1, x2, c, s, the four products) of ``real = x1 * c - x2 * s`` and ``imag = x2 * c + x1 * s``, else None."""
+def _factors(real: Any, imag: Any) -> Iterator[tuple[fx.Node, fx.Node, fx.Node, fx.Node]]:
+    """Every (x1, x2, c, s) with ``real = x1 * c - x2 * s`` and ``imag = x2 * c + x1 * s``.
+
+    There are two if there is one: the product of two complex numbers commutes, and only shapes tell x from tables.
+    """
     if not (is_call(real, aten.sub.Tensor) and is_call(imag, aten.add.Tensor)):
-        return None
+        return
     if arguments(real)["alpha"] != 1 or arguments(imag)["alpha"] != 1:
-        return None
+        return
     four = (*real.args[:2], *imag.args[:2])
     if not all(is_call(p, aten.mul.Tensor) and all(isinstance(a, fx.Node) for a in p.args) for p in four):
-        return None
-    for x1, c in commuted(arg(real, 0)):
-        for x2, s in commuted(arg(real, 1)):
+        return
+    for x1, c in commuted(real.args[0]):
+        for x2, s in commuted(real.args[1]):
             for second, first in commuted(imag):
                 if {*second.args} == {x2, c} and {*first.args} == {x1, s}:
-                    return x1, x2, c, s, four
-    return None
+                    yield x1, x2, c, s
+
+
+def _fits(facts: Facts, anchor: fx.Node, x1: fx.Node, x2: fx.Node, c: fx.Node, s: fx.Node) -> NoMatch | None:
+    if dtype(facts, x1) != dtype(facts, x2) or not same_shape(facts, x1, x2):
+        shapes = f"{list(facts.val(x1).shape)} and {list(facts.val(x2).shape)}"
+        return refuse(facts, "shape", anchor, "halves of one shape and dtype", shapes, 0.7)
+    return broadcast_table(facts, anchor, x1, c) or broadcast_table(facts, anchor, x1, s)
 
 
 def _together(b: Builder, first: fx.Node, second: fx.Node, woven: bool) -> fx.Node:
