@@ -4,8 +4,7 @@
 // queries. So softmax is elementwise over vectors (no sums across lanes), and its result, made words along the keys,
 // already is the packed operand of the second product, against which words of v are broadcast. All query heads that
 // share a key head are rows of one problem: grouped heads need no repeated k and v, and one decode step fills lanes.
-#include <limits>
-
+#include "scores.h"
 #include "tile.h"
 
 namespace ascend_cpu {
@@ -13,31 +12,6 @@ namespace {
 
 constexpr int64_t kKeys = 128;  // keys of one block
 constexpr int kMaxRows = kTileUnits * kUnit;
-constexpr float kLog2e = 1.44269504f;
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kLowest = -3.3e38f;
-
-// 2^x for x <= 0, to 2e-7; exact 0 for -inf, NaN stays NaN.
-inline __m512 exp2_ps(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.f), x);
-  const __m512 n = _mm512_roundscale_ps(x, 8);
-  const __m512 f = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(1.3390863e-3f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6188262e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5503324e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022648e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(p, n);
-}
-
-// cap * tanh(x / cap)
-inline __m512 cap_score(__m512 x, float cap) {
-  const __m512 one = _mm512_set1_ps(1.f), two = _mm512_set1_ps(2.f);
-  const __m512 e = exp_ps(_mm512_mul_ps(x, _mm512_set1_ps(2.f / cap)));
-  return _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(e, one))));
-}
-
 // Words of values along the keys, [word][dv rounded up to 16]; keys beyond count and columns beyond dv are zero.
 void pack_values(const bf16* v, int64_t stride, int64_t count, int64_t dv, int64_t width, bf16* to) {
   alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -91,24 +65,6 @@ template <class T>
 using ValuesTile = void (*)(const T*, int64_t, const T*, int64_t, const __m512*, float*);
 template <class T>
 constexpr ValuesTile<T> kValuesTiles[kTileUnits] = {values_tile<T, 1>, values_tile<T, 2>, values_tile<T, 3>};
-
-// The additive mask of one row for keys [j, j + 16), times log2(e). A finite one stays finite: a row whose keys all
-// carry finfo.min is a mean over them, not an empty row.
-inline __m512 row_bias(const Attention& p, const void* bias, const bool* mask, int64_t j, __mmask16 live) {
-  __m512 v = _mm512_setzero_ps();
-  if (bias) {
-    v = p.bias_is_float ? _mm512_maskz_loadu_ps(live, static_cast<const float*>(bias) + j)
-                        : load(static_cast<const bf16*>(bias) + j, live);
-    const __mmask16 finite = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-kInf), _CMP_NEQ_UQ);
-    v = _mm512_mul_ps(v, _mm512_set1_ps(kLog2e));
-    v = _mm512_mask_max_ps(v, finite, _mm512_set1_ps(kLowest), v);
-  }
-  if (mask) {
-    const __mmask16 hidden = _mm_mask_testn_epi8_mask(live, _mm_maskz_loadu_epi8(live, mask + j), _mm_set1_epi8(-1));
-    v = _mm512_mask_mov_ps(v, hidden, _mm512_set1_ps(-kInf));
-  }
-  return v;
-}
 
 // Where the rows of one unit are.
 struct Unit {
@@ -371,7 +327,9 @@ void attention(const Attention& p) {
 }  // namespace
 
 void run_attention(const Attention& p) {
-  if (p.dtype == Dtype::f32)
+  if (p.hq / p.hk * p.sq <= kDecodeRows)
+    run_decode(p);
+  else if (p.dtype == Dtype::f32)
     attention<float>(p);
   else
     attention<bf16>(p);

@@ -46,6 +46,8 @@ struct Attention {
   float empty;             // value of a row that sees no key
 };
 
+constexpr int64_t kDecodeRows = 4;
+
 // Runs body(i) for i in [0, count) on torch's threads; the order of the calls is unspecified.
 void parallel(int64_t count, const std::function<void(int64_t)>& body);
 int threads();
@@ -54,6 +56,7 @@ int threads();
 #if defined(__x86_64__)
 void run_linear(const Linear& p);
 void run_attention(const Attention& p);
+void run_decode(const Attention& p);  // run_attention's choice for at most kDecodeRows rows a key head
 #else
 inline void run_linear(const Linear&) {}
 inline void run_attention(const Attention&) {}

@@ -3,71 +3,15 @@
 // Few rows of x: the weight is streamed once at memory speed, each row against all rows of x (dot products along K).
 // Many rows: y^T is computed. x is packed, per call, so that its rows are lanes, and words of the weight are broadcast
 // against them (tile.h), so that each weight element is read as it lies.
+#include "dots.h"
 #include "tile.h"
 
 namespace ascend_cpu {
 namespace {
 
 constexpr int64_t kGemvRows = 3;       // with more rows of x the tiles are faster
-constexpr int64_t kGemvLanes = 4;      // sums kept per weight row
 constexpr int64_t kGemvBytes = 65536;  // weight bytes of one work item
 constexpr int64_t kGemvBlock = 256;    // and at most so many weight rows
-
-// The sums over the lanes of each of four vectors.
-inline __m128 sum_lanes(const __m512 (&v)[4]) {
-  const auto fold = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  };
-  const __m512d lo = _mm512_castps_pd(fold(v[0], v[1])), hi = _mm512_castps_pd(fold(v[2], v[3]));
-  const __m512 t =
-      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi)), _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi)));
-  const __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1));
-}
-
-// out[row][i] = dot(w row, x row i), i < 4, with x as [K/16 words][M][16 words], zero beyond K. One weight row at a
-// time: two interleaved streams halve what the memory delivers. U sums per row of x hide the multiplier's latency.
-template <class T, int M>
-void dot_rows(const Linear& p, const T* w, const T* x, int64_t rows, float* out) {
-  constexpr int U = M == 1 ? 8 : M == 2 ? 4 : 2;
-  constexpr int64_t step = 16 * kPer<T>;
-  for (int64_t row = 0; row < rows; ++row, w += p.w_stride) {
-    __m512 acc[M][U];
-#pragma GCC unroll 3
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) acc[i][u] = _mm512_setzero_ps();
-    int64_t k = 0;
-    for (; k + step * U <= p.k; k += step * U) {
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-        const __m512i a = load_words(w + k + step * u);
-#pragma GCC unroll 3
-        for (int i = 0; i < M; ++i)
-          acc[i][u] = multiply_add<T>(acc[i][u], a, load_words(x + (k + step * u) * M + step * i));
-      }
-    }
-    for (; k < p.k; k += step) {
-      const __m512i a = load_words(w + k, p.k - k);
-#pragma GCC unroll 3
-      for (int i = 0; i < M; ++i) acc[i][0] = multiply_add<T>(acc[i][0], a, load_words(x + k * M + step * i));
-    }
-    __m512 sums[kGemvLanes];
-#pragma GCC unroll 4
-    for (int i = 0; i < kGemvLanes; ++i) {
-      sums[i] = i < M ? acc[i < M ? i : 0][0] : _mm512_setzero_ps();
-      if (i < M)
-#pragma GCC unroll 8
-        for (int u = 1; u < U; ++u) sums[i] = _mm512_add_ps(sums[i], acc[i < M ? i : 0][u]);
-    }
-    _mm_storeu_ps(out + row * kGemvLanes, sum_lanes(sums));
-  }
-}
-
-template <class T>
-using DotRows = void (*)(const Linear&, const T*, const T*, int64_t, float*);
-template <class T>
-constexpr DotRows<T> kDotRows[kGemvRows] = {dot_rows<T, 1>, dot_rows<T, 2>, dot_rows<T, 3>};
 
 struct GemvX;
 
@@ -78,25 +22,20 @@ void few_rows(const Linear& p) {
   const int64_t fit = std::min(share, std::clamp<int64_t>(kGemvBytes / row_bytes, 16, kGemvBlock));
   const int64_t block = (fit + 15) / 16 * 16;
   const T* w = static_cast<const T*>(p.w);
-  // Together in one piece: rows of x that lie a multiple of 4 KiB apart would evict each other from the first cache.
-  constexpr int64_t step = 16 * kPer<T>;
-  T* x = static_cast<T*>(scratch<GemvX>(p.m * ((p.k + step - 1) / step * step) * sizeof(T)));
-  for (int64_t i = 0; i < p.m; ++i)
-    for (int64_t k = 0; k < p.k; k += step)
-      _mm512_store_si512(x + k * p.m + step * i,
-                         load_words(static_cast<const T*>(p.x) + i * p.x_stride + k, p.k - k));
+  T* x = static_cast<T*>(scratch<GemvX>(dots_size<T>(p.m, p.k) * sizeof(T)));
+  for (int64_t i = 0; i < p.m; ++i) pack_dots(static_cast<const T*>(p.x) + i * p.x_stride, i, p.m, p.k, x);
   const __m512i column = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                            _mm512_set1_epi32(kGemvLanes));
+                                            _mm512_set1_epi32(kDotLanes));
   parallel((p.n + block - 1) / block, [&](int64_t item) {
-    float sums[2][kGemvBlock * kGemvLanes];
+    float sums[2][kGemvBlock * kDotLanes];
     const int64_t j0 = item * block, count = std::min(block, p.n - j0);
     for (int half = 0; half < (p.gated ? 2 : 1); ++half)
-      kDotRows<T>[p.m - 1](p, w + (j0 + half * p.n) * p.w_stride, x, count, sums[half]);
+      kDotRows<T>[p.m - 1](w + (j0 + half * p.n) * p.w_stride, p.w_stride, p.k, x, count, sums[half]);
     for (int64_t i = 0; i < p.m; ++i)
       for (int64_t j = 0; j < count; j += 16) {
         const __mmask16 mask = mask16(count - j);
         const auto sum = [&](int half) {
-          return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, column, sums[half] + j * kGemvLanes + i, 4);
+          return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, column, sums[half] + j * kDotLanes + i, 4);
         };
         const __m512 v = sum(0);
         finish<T>(p, i, j0 + j, v, p.gated ? sum(1) : v, mask);
