@@ -36,6 +36,7 @@ __all__ = ["RULES", "normalize"]
 class _Target(NamedTuple):
     """What the walk needs to know about a call target."""
 
+    ident: int  # of the target
     rule: layout.Rule | None
     trimmed: Signature | None  # None: arguments stay as they are
     size: bool
@@ -79,6 +80,7 @@ def _describe(node: fx.Node) -> _Target:
     effects = node_effects(node)
     explicit = node.target in _EXPLICIT
     return _Target(
+        id(node.target),
         RULES.get(node.target),
         None if explicit else signature(node.target),
         node.target in fold.SIZE_TARGETS,
@@ -103,6 +105,8 @@ def _visit(w: Work, node: fx.Node, target: _Target, constants: bool) -> None:
         if result is not None:
             w.place(result)
             return
+        if id(node.target) != target.ident:  # a rule may also rename the call, and keep it
+            target = _describe(node)
     if target.trimmed is not None and trim(node, target.trimmed):
         w.changed += 1
     if target.mergeable:

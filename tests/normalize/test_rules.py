@@ -278,3 +278,26 @@ def test_provenance_survives() -> None:
     torch.compile(model, backend=backend)(X)
     text = graph_text(compiled[0])
     assert text.count("# test_rules.py:") == 3, text
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        (lambda x: aten.mul.Scalar(x, 0.5), "aten.mul.Tensor(%x0, 0.5)"),
+        (lambda x: aten.add.Scalar(x, 1, 2), "aten.add.Tensor(%x0, 1, alpha=2)"),
+        (lambda x: aten.div.Scalar(x, 2), "aten.div.Tensor(%x0, 2)"),
+        (lambda x: aten.eq.Scalar(x, 2), "aten.eq.Scalar(%x0, 2)"),
+        (lambda x: aten.rsub.Tensor(x, x.exp()), "aten.sub.Tensor(%0, %x0)"),
+        (lambda x: aten.rsub.Tensor(x, x.exp(), alpha=2), "aten.rsub.Tensor(%x0, %0, alpha=2)"),
+        (lambda x: aten.slice.Tensor(x, 1, 1), "aten.slice.Tensor(%x0, 1, 1, 3, 1)"),
+        (lambda x: aten.slice.Tensor(x, 1, 7, 9), "aten.slice.Tensor(%x0, 1, 3, 3, 1)"),
+        (lambda x: prims.convert_element_type(x, torch.int32), "prims.convert_element_type(%x0, i32)"),
+        (lambda x: aten.select_scatter(x, x[:, 0], 1, 2), "aten.reshape(%0, [2, 4])"),
+    ],
+)
+def test_overloads_called_below_autograd(fn: Callable[..., Any], expected: str) -> None:
+    unit = make_unit(make_fx(fn, tracing_mode="fake")(X))
+    normalize(unit)
+    assert f" = {expected}\n" in graph_text(unit, sources=False)
+    want, got = fn(X), fx.Interpreter(unit.gm).run(X)
+    assert torch.equal(want, got)
