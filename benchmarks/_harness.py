@@ -274,7 +274,8 @@ def describe(machine: _machine.Machine) -> str:
     """The machine in one line."""
     peaks = ", ".join(f"{k} matmul {v / 1e12:.2f} TFLOP/s" for k, v in machine.matmul.items())
     read = f"read {machine.read / 1e9:.1f} GB/s"
-    return f"{machine.cpu}, {machine.threads} threads, {read}, {peaks}, torch {torch.__version__}"
+    noise = f" (probed while others used {machine.foreign:.1f} cores)" if machine.foreign > MAX_FOREIGN else ""
+    return f"{machine.cpu}, {machine.threads} threads, {read}, {peaks}{noise}, torch {torch.__version__}"
 
 
 def result(name: str, values: dict[str, Any], goals: dict[str, Any], path: Path | None, **everything: Any) -> None:

@@ -17,12 +17,16 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured limits with ``threads`` threads: bytes/s of a read, FLOP/s of a matmul by dtype name."""
+    """Measured limits with ``threads`` threads: bytes/s of a read, FLOP/s of a matmul by dtype name.
+
+    ``foreign`` is how many cores other processes used meanwhile: where it is not near 0 the floors are too high.
+    """
 
     cpu: str
     threads: int
     read: float
     matmul: dict[str, float]
+    foreign: float
 
     def floor(self, *, bytes_read: float, flops: float, dtype: str) -> float:
         """Seconds that no implementation can beat: reading the weights once, or doing the arithmetic."""
@@ -30,27 +34,29 @@ class Machine:
 
 
 def measure(threads: int = 2) -> Machine:
-    """Run the two probes (about four seconds)."""
+    """Run the probes: about seven seconds, so that a moment in which nothing else runs is among them."""
     torch.set_num_threads(threads)
+    busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
     data = torch.ones(128 * 1024 * 1024)
-    read = data.nbytes / best(lambda: data.sum(), 7)
+    read = data.nbytes / best(lambda: data.sum(), 5, 2.0)
     peaks = {name: _peak(dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
-    return Machine(cpu_name(), threads, read, peaks)
+    others = busy_seconds() - busy - (time.process_time() - own)
+    return Machine(cpu_name(), threads, read, peaks, max(0.0, others) / (time.perf_counter() - start))
 
 
 def _peak(dtype: torch.dtype) -> float:
     found = 0.0
     for m, k, n in ((1024, 1024, 1024), (512, 1024, 3072), (2048, 2048, 2048)):
         a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-        found = max(found, 2 * m * k * n / best(partial(torch.nn.functional.linear, a, b), 5))
+        found = max(found, 2 * m * k * n / best(partial(torch.nn.functional.linear, a, b), 5, 0.8))
     return found
 
 
-def best(fn: Callable[[], object], times: int) -> float:
-    """The shortest of some calls, after one to warm up."""
+def best(fn: Callable[[], object], times: int, at_least: float = 0.0) -> float:
+    """The shortest of ``times`` calls, or of more until ``at_least`` seconds have passed, after one to warm up."""
     fn()
-    seconds = []
-    for _ in range(times):
+    seconds: list[float] = []
+    while len(seconds) < times or sum(seconds) < at_least:
         start = time.perf_counter()
         fn()
         seconds.append(time.perf_counter() - start)
