@@ -83,14 +83,11 @@ def _keep_apart(old: fx.Node, new: fx.Node, builder: GraphBuilder, facts: GraphF
     """``new``, copied if it would let a graph output share memory that ``old`` did not share."""
     if old is new or not any(user.op == "output" for user in old.users):
         return new
-    gained = effects.roots(new) - effects.roots(old)
-    others = {
-        r
-        for o in old.graph.find_nodes(op="output")
-        for n in o.all_input_nodes
-        if n is not old
-        for r in effects.roots(n)
-    }
+    gained = effects.roots(new) - effects.roots(old) - set(builder.new_nodes)  # memory of its own is no one else's
+    if not gained:
+        return new
+    (output,) = old.graph.find_nodes(op="output")
+    others = {r for n in output.all_input_nodes if n is not old for r in effects.roots(n)}
     if any(root.op in ("placeholder", "get_attr") or root in others for root in gained):
         return builder.op(aten.clone.default, new)
     return new

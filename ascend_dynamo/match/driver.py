@@ -5,8 +5,6 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from ascend_dynamo.match.commit import Undone, commit
 from ascend_dynamo.match.explain import near_misses, unmet
 from ascend_dynamo.match.index import Entry, Index, count_ops
 from ascend_dynamo.match.language import DeclarativePattern
+from ascend_dynamo.match.lazy import one_recompile, recompile_when_called
 from ascend_dynamo.match.matcher import match_alternative
 from ascend_dynamo.match.registry import Registry
 from ascend_dynamo.match.sites import forced_regions, place
@@ -46,7 +45,7 @@ def run_patterns(
         ExpectError: ``options.expect`` is not met, or (strict) a forced region did not fuse; holds the near misses.
     """
     run = _Run(unit, registry, options, record)
-    with _one_recompile(unit.prologue):
+    with one_recompile(unit.prologue):
         run.sweep()
     complaints = unmet(record, options, run.forced)
     if explain or complaints:
@@ -58,25 +57,12 @@ def run_patterns(
         raise ExpectError("\n".join(lines))
     if run.commits:
         remove_dead(unit.gm.graph)
-        unit.gm.recompile()
+        recompile_when_called(unit.gm)
     return PassResult(run.commits > 0)
 
 
 def _enabled(options: Any, name: str) -> bool:
     return bool(options.enabled(name)) if hasattr(options, "enabled") else bool(options.patterns.get(name, True))
-
-
-@contextmanager
-def _one_recompile(module: fx.GraphModule) -> Iterator[None]:
-    """Inside, ``module.recompile()`` is put off until the end: each merged weight asks for it, and it is slow."""
-    asked: list[bool] = []
-    module.__dict__["recompile"] = lambda: asked.append(True)
-    try:
-        yield
-    finally:
-        del module.__dict__["recompile"]
-        if asked:
-            module.recompile()
 
 
 class _Run:
