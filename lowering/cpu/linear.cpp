@@ -44,6 +44,7 @@ void few_rows(const Linear& p) {
 }
 
 constexpr int64_t kBlock = 64;  // weight rows of one work item
+constexpr int64_t kPackedBytes = 2 << 20;  // of x at a time
 constexpr int64_t kPackAlone = 131072;  // elements of x that one thread packs sooner than two have been woken
 
 // The sums of one block of weight rows, [row][unit of the panel][lane], to rows of y.
@@ -111,11 +112,19 @@ void many_rows(const Linear& p) {
 }
 
 template <class T>
-void linear(const Linear& p) {
-  if (p.m <= kGemvRows)
-    few_rows<T>(p);
-  else
+void linear(Linear p) {
+  if (p.m <= kGemvRows) return few_rows<T>(p);
+  // Every block of weight rows meets all packed rows of x, so these have to stay in the last cache.
+  constexpr int64_t panel = kTileUnits * kUnit;
+  const int64_t all = p.m, fit = kPackedBytes / (p.k * static_cast<int64_t>(sizeof(T))) / panel * panel;
+  const int64_t rows = std::max<int64_t>(fit, 4 * panel);
+  for (int64_t i = 0; i < all; i += rows) {
+    p.m = std::min(rows, all - i);
     many_rows<T>(p);
+    p.x = static_cast<const T*>(p.x) + rows * p.x_stride;
+    p.y = static_cast<T*>(p.y) + rows * p.n;
+    if (p.other) p.other = static_cast<const T*>(p.other) + rows * p.other_stride;
+  }
 }
 
 }  // namespace

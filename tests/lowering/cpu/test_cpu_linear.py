@@ -114,6 +114,11 @@ def test_model_sizes(m, n, k, dtype):
     check(ops.linear, x.to(dtype), w.to(dtype), bias.to(dtype), "gelu")
 
 
+def test_rows_are_packed_in_parts():
+    x, w, other = torch.randn(400, 12000).bfloat16(), torch.randn(9, 12000).bfloat16(), torch.randn(400, 9).bfloat16()
+    check(ops.linear, x, w, None, "none", other)
+
+
 def test_mixed_dtypes_are_left_to_aten():
     with pytest.raises(RuntimeError, match="dtype"):
         ops.linear(torch.randn(2, 8).bfloat16(), torch.randn(4, 8))
