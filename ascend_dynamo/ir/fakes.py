@@ -15,7 +15,8 @@ _aten = torch.ops.aten
 
 def fake_mode_of(gm: fx.GraphModule) -> Any:
     """The fake mode that the values of the graph live in, or None if the graph has no fake value."""
-    return compat.detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
+    values = (n.meta.get("val") for n in gm.graph.nodes)
+    return compat.detect_fake_mode([next(filter(compat.is_fake, values), None)])
 
 
 class FakeCache:

@@ -108,7 +108,7 @@ class _Run:
         return found
 
     def push(self, node: fx.Node) -> None:
-        if node.op != "call_function":
+        if id(node.target) not in self.index.anchors:
             return
         for entry in self.index.candidates(node):
             self.enqueue(node, entry)
@@ -212,9 +212,10 @@ class _Run:
         for distance in range(self.index.depth):
             upper: list[fx.Node] = []
             for node in ring:
-                for entry in self.index.candidates(node):
-                    if entry.may_see(distance, ops):
-                        self.enqueue(node, entry)
+                if id(node.target) in self.index.anchors:
+                    for entry in self.index.candidates(node):
+                        if entry.may_see(distance, ops):
+                            self.enqueue(node, entry)
                 for user in node.users:
                     if user not in seen:
                         seen.add(user)

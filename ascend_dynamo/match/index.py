@@ -50,14 +50,17 @@ class Index:
         self._two: dict[Path, list[Entry]] = {}
         self._three: dict[Path, list[Entry]] = {}
         self._deep: set[int] = set()
+        self.anchors: set[int] = set()  # ids of the operators at which something can end
         self.depth = 1
         for entry in entries:
             self.depth = max(self.depth, entry.height)
             if entry.alternative is None:
                 for op in entry.pattern.anchors:
+                    self.anchors.add(id(op))
                     self._flat.setdefault(id(op), []).append(entry)
                 continue
             path = _rarest(entry.alternative.roots[0], counts)
+            self.anchors.add(path[0])
             if len(path) == 1:
                 self._flat.setdefault(path[0], []).append(entry)
             else:
