@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.contracts import GraphUnit
+from ascend_dynamo.ir.sym import expr
 
 _aten = torch.ops.aten
 
@@ -39,6 +41,11 @@ class _RestoreStrides(fx.Interpreter):
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             return self.call_function(n.target, args, kwargs)
 
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A constant of the graph enters the traced one by the op that capture would use for it."""
+        value = super().get_attr(target, args, kwargs)
+        return _aten.lift_fresh_copy.default(value) if isinstance(value, torch.Tensor) else value
+
     def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten(args[0])
         promised = self.out_strides or (None,) * len(leaves)
@@ -47,19 +54,24 @@ class _RestoreStrides(fx.Interpreter):
 
 
 def restride(x: Any, strides: Sequence[Any] | None) -> Any:
-    """``x`` with the promised strides, copied only if they differ on an axis where a stride means something."""
+    """``x`` with the promised strides, copied only if they differ on an axis where a stride means something.
+
+    Sizes are compared as expressions: under a tracer, arithmetic on SymInts would itself be traced.
+    """
     if strides is None or not isinstance(x, torch.Tensor) or x.layout != torch.strided:
         return x
-    matters = [d for d in range(x.ndim) if not compat.known(x.shape[d] == 1)]
-    if compat.known(x.numel() == 0) or all(compat.known(x.stride(d) == strides[d]) for d in matters):
+    sizes, actual, wanted = (list(map(expr, given)) for given in (x.shape, x.stride(), strides))
+    env = compat.shape_env_of(compat.detect_fake_mode([x]))
+    matters = [d for d in range(x.ndim) if not _equal(sizes[d], 1, env)]
+    if any(_equal(n, 0, env) for n in sizes) or all(_equal(actual[d], wanted[d], env) for d in matters):
         return x
-    order = sorted(matters, key=lambda d: (-_hint(strides[d]), d))
+    order = sorted(matters, key=lambda d: (-compat.size_hint(strides[d]), d))
     order = [d for d in range(x.ndim) if d not in matters] + order
     dense, expected = True, 1
     for d in reversed(order):
         if d in matters:
-            dense = dense and compat.known(strides[d] == expected)
-            expected = expected * x.shape[d]
+            dense = dense and _equal(wanted[d], expected, env)
+            expected = expected * sizes[d]
     if dense:
         inverse = [order.index(d) for d in range(x.ndim)]
         return x.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
@@ -68,9 +80,9 @@ def restride(x: Any, strides: Sequence[Any] | None) -> Any:
     return torch.as_strided_scatter(base, x, x.shape, strides, 0).as_strided(x.shape, strides, 0)
 
 
-def _hint(stride: Any) -> int:
-    """An ordering key for a stride; symbolic ones order by their hint, which only chooses an order to try."""
-    return compat.size_hint(stride)
+def _equal(a: Any, b: Any, env: Any) -> bool:
+    """True if two sizes (ints or sympy expressions) are statically known to be equal."""
+    return bool(a == b) or (not (isinstance(a, int) and isinstance(b, int)) and compat.known_sympy(sympy.Eq(a, b), env))
 
 
 def retrace(unit: GraphUnit, decompositions: Mapping[Any, Any]) -> fx.GraphModule:

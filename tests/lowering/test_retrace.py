@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ascend_dynamo
 from ascend_dynamo.capture import trace
 from ascend_dynamo.lowering.retrace import restride, retrace
 
@@ -53,3 +54,16 @@ def test_retrace_applies_decompositions() -> None:
     unit = trace(torch.sin, (torch.randn(3),))
     gm = retrace(unit, {torch.ops.aten.sin.default: torch.cos})
     assert torch.equal(gm(torch.zeros(2))[0], torch.ones(2))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    "f", [lambda x: torch.cumsum(x, 0), lambda x: torch.bmm(x[None], x[None]), lambda x: x[torch.tensor([0, 2])]]
+)
+@torch.no_grad()
+def test_symbolic_strides_and_constants_in_a_real_graph(f, dynamic: bool) -> None:  # type: ignore[no-untyped-def]
+    torch.compiler.reset()
+    backend = ascend_dynamo.Backend({"target": "reference", "strict": True})
+    x = torch.randn(5, 5)
+    torch.testing.assert_close(torch.compile(f, backend=backend, dynamic=dynamic)(x), f(x))
+    assert not backend.records[0].quarantined
