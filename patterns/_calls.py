@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,9 +29,15 @@ def arg(n: fx.Node, i: int) -> Any:
 
 def arguments(n: fx.Node) -> dict[str, Any]:
     """All arguments of a call by schema name; what the call leaves out has the schema's default."""
-    schema = n.target._schema.arguments  # type: ignore[union-attr]
-    given = {s.name: a for s, a in zip(schema, n.args, strict=False)}
-    return {s.name: s.default_value for s in schema if s.has_default_value()} | given | dict(n.kwargs)
+    names, defaults = _schema(n.target)
+    return {**defaults, **dict(zip(names, n.args, strict=False)), **n.kwargs}
+
+
+@lru_cache(maxsize=1024)
+def _schema(target: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of all arguments of an overload, and the defaults of those that have one."""
+    schema = target._schema.arguments
+    return tuple(s.name for s in schema), {s.name: s.default_value for s in schema if s.has_default_value()}
 
 
 def number(x: Any) -> float | None:
