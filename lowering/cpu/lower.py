@@ -1,13 +1,13 @@
 """The CPU target: our kernels where they win, Inductor for everything else.
 
-Most of the dialect decomposes again, because Inductor fuses small things well. What it cannot do is read a bf16 weight
+Most of the dialect decomposes again, because Inductor fuses small things well. What it cannot do is read a weight
 without repacking it on every call, or run attention near the processor's rate: those are ours (``kernels.py``), and an
 activation behind a linear rides along as its epilogue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from ascend_dynamo.runtime.prologue import Artifact
 
 _aten = torch.ops.aten
 _ascend = torch.ops.ascend
+_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,26 @@ def _wrong_kind(n: fx.Node, facts: Facts) -> NoMatch | None:
     value = facts.val(n)
     if value.device.type != "cpu":
         return NoMatch("op", n, "a tensor on the CPU", f"one on {value.device}", src=facts.src(n))
-    if value.dtype is not torch.bfloat16:
-        return NoMatch("dtype", n, "bfloat16", str(value.dtype).removeprefix("torch."), src=facts.src(n))
+    if value.dtype not in _DTYPES:
+        found = str(value.dtype).removeprefix("torch.")
+        return NoMatch("dtype", n, "bfloat16 or float32", found, src=facts.src(n))
     return None
+
+
+def _all_of(n: fx.Node, args: Iterable[Any], facts: Facts) -> NoMatch | None:
+    """A refusal unless the given arguments have the dtype of the result."""
+    dtype = facts.val(n).dtype
+    other = next((a for a in args if facts.val(a).dtype is not dtype), None)
+    if other is None:
+        return None
+    return NoMatch("dtype", n, f"operands of {dtype}", f"%{other.name} of {facts.val(other).dtype}", src=facts.src(n))
 
 
 def _linear_supported(n: fx.Node, facts: Facts) -> NoMatch | None:
     weight = facts.val(n.args[1])  # type: ignore[arg-type]
-    if weight.ndim != 2 or any(facts.val(a).dtype is not torch.bfloat16 for a in n.all_input_nodes):
-        return NoMatch("shape", n, "a bf16 weight [N, K]", "another", src=facts.src(n))
-    return None
+    if weight.ndim != 2:
+        return NoMatch("shape", n, "a weight [N, K]", f"one of {weight.ndim} axes", src=facts.src(n))
+    return _all_of(n, n.all_input_nodes, facts)
 
 
 def _linear_gain(n: fx.Node, isa: str) -> float:
@@ -110,9 +121,7 @@ def _lower_linear(n: fx.Node, b: Builder) -> fx.Node:
 def _attention_supported(n: fx.Node, facts: Facts) -> NoMatch | None:
     if n.kwargs.get("empty_row", "nan") == "uniform":
         return NoMatch("arg", n, 'empty_row "zero" or "nan"', '"uniform"', src=facts.src(n))
-    if any(facts.val(a).dtype is not torch.bfloat16 for a in n.args):  # type: ignore[arg-type]
-        return NoMatch("dtype", n, "q, k, v in bfloat16", "others", src=facts.src(n))
-    return None
+    return _all_of(n, n.args, facts)
 
 
 def _attention_gain(n: fx.Node, isa: str) -> float:
