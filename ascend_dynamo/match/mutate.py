@@ -220,7 +220,9 @@ def copy_unit(unit: GraphUnit) -> GraphUnit:
 
 
 def mutated(unit: GraphUnit, mutation: Mutation) -> GraphUnit | None:
-    """A changed copy with values derived anew, or None if the change makes no graph that runs."""
+    """A changed copy in normal form with values derived anew, or None if the change makes no graph that runs."""
+    from ascend_dynamo.normalize import normalize
+
     made = copy_unit(unit)
     try:
         mutation.apply(made.gm.graph)
@@ -228,6 +230,7 @@ def mutated(unit: GraphUnit, mutation: Mutation) -> GraphUnit | None:
         for node in made.gm.graph.nodes:
             if node.op == "call_function":
                 node.meta["val"] = fakes.run(node.target, node.args, dict(node.kwargs))
+        normalize(made)
     except Exception:
         return None
     return made
