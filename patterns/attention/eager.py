@@ -28,8 +28,9 @@ from ascend_dynamo.match import ProceduralPattern
 from .._calls import arg, arguments, ascend, aten, convert, dtype, is_call, leaks, lossless, rank, refuse, same_shape
 from ..spellings.attention import SPELLINGS, fuzz_inputs
 from .operands import common_dtype, emit, find_operand
+from .read import PRODUCTS, leads_to_product
 from .sdpa import check_operands
-from .walk import PRODUCTS, Scores, leads_to_product, walk_scores
+from .walk import Scores, walk_scores
 
 
 class EagerAttention(ProceduralPattern):
@@ -56,9 +57,11 @@ class EagerAttention(ProceduralPattern):
         if isinstance(up, NoMatch):
             return up
         product, found = up
-        q, kt = product.args[:2]
-        if not (isinstance(q, fx.Node) and isinstance(kt, fx.Node)) or rank(facts, product) not in (3, 4):
-            return refuse(facts, "shape", product, "scores of three or four axes", f"{rank(facts, product)}", 0.8)
+        q, kt = arg(product, 0), arg(product, 1)
+        ranks = {rank(facts, n) for n in (q, kt, v, product)}
+        if ranks not in ({3}, {4}):
+            found_ranks = f"{sorted(ranks)} axes"
+            return refuse(facts, "shape", product, "q, k, v all of three or all of four axes", found_ranks, 0.8)
         if not same_shape(facts, scores, product):
             return refuse(
                 facts, "shape", anchor, "scores of the shape of q k^T", f"{list(facts.val(scores).shape)}", 0.8

@@ -18,7 +18,8 @@ from torch import fx
 
 from ascend_dynamo.contracts import Facts, NoMatch
 
-from .._calls import arg, arguments, aten, commuted, convert, dtype, is_call, lossless, number, refuse, same_shape
+from .._calls import arg, arguments, aten, commuted, convert, dtype, is_call, lossless, refuse, same_shape
+from .read import PRODUCTS, leads_to_product, masked, scaled_by
 
 
 @dataclass
@@ -59,11 +60,11 @@ def step_cast(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
 
 def step_softcap(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
     """``tanh(x / c) * c``."""
-    found = _scaled_by(n)
+    found = scaled_by(n)
     if found is None or not is_call(found[0], aten.tanh.default):
         return None
     tanh, cap = found
-    inner = _scaled_by(arg(tanh, 0))
+    inner = scaled_by(arg(tanh, 0))
     if s.scaled:
         return refuse(facts, "unproven", n, "the softcap as the last factor", "scores scaled after it", s.progress)
     if inner is None or not cap > 0 or not math.isclose(inner[1] * cap, 1.0, rel_tol=1e-12):
@@ -77,7 +78,7 @@ def step_softcap(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | Non
 
 def step_scale(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
     """A product or quotient with a number."""
-    found = _scaled_by(n)
+    found = scaled_by(n)
     if found is None:
         return None
     source, factor = found
@@ -119,7 +120,7 @@ def step_bias(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
 
 def step_mask(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
     """``masked_fill(scores, m, c)`` and ``where(m, scores, c)`` with ``c`` -inf or the dtype's lowest value."""
-    read = _masked(n, facts)
+    read = masked(n, facts)
     if read is None:
         return None
     source, mask, keep, fill = read
@@ -140,7 +141,6 @@ def step_mask(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
 
 
 STEPS: tuple[Step, ...] = (step_cast, step_softcap, step_scale, step_bias, step_mask)
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
 
 
 def walk_scores(n: Any, facts: Facts, steps: tuple[Step, ...] = STEPS) -> tuple[fx.Node, Scores] | NoMatch:
@@ -161,80 +161,3 @@ def walk_scores(n: Any, facts: Facts, steps: tuple[Step, ...] = STEPS) -> tuple[
             return refuse(facts, "op", n, "scale, softcap, bias, mask or cast of q k^T", f"{n.target}", scores.progress)
     scores.nodes.add(n)
     return n, scores
-
-
-_TRANSPARENT = (
-    convert,
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.tanh.default,
-    aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor,
-    aten.where.self,
-    aten.where.ScalarOther,
-    aten.where.ScalarSelf,
-    aten.reshape.default,
-    aten.permute.default,
-    aten.clamp.default,
-    aten.relu.default,
-    aten.sigmoid.default,
-    aten.neg.default,
-    aten.exp.default,
-)
-
-
-def leads_to_product(n: Any, depth: int = 12) -> bool:
-    """True if a matmul is found above ``n`` through elementwise and layout calls only: cheap, before the real walk."""
-    if not isinstance(n, fx.Node) or depth == 0:
-        return False
-    if is_call(n, *PRODUCTS):
-        return True
-    return is_call(n, *_TRANSPARENT) and any(leads_to_product(a, depth - 1) for a in n.all_input_nodes)
-
-
-def _scaled_by(n: Any) -> tuple[fx.Node, float] | None:
-    """(x, c) if ``n`` is ``x * c`` or ``x / (1/c)`` with a number."""
-    if is_call(n, aten.mul.Tensor):
-        for x, c in commuted(n):
-            if isinstance(x, fx.Node) and number(c) is not None:
-                return x, float(c)
-    if is_call(n, aten.div.Tensor) and isinstance(arg(n, 0), fx.Node):
-        c = number(arg(n, 1))
-        if c and arguments(n).get("rounding_mode") is None:
-            return arg(n, 0), 1.0 / c
-    return None
-
-
-def _masked(n: fx.Node, facts: Facts) -> tuple[fx.Node, fx.Node, bool, float | None] | None:
-    """(scores, mask, True if True keeps, fill) of a masking call; fill None if it is not a constant."""
-    if is_call(n, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        call = arguments(n)
-        return call["self"], call["mask"], False, _constant(call["value"], facts)
-    if is_call(n, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
-        call = arguments(n)
-        a, b, condition = call["self"], call["other"], call["condition"]
-        if isinstance(a, fx.Node) and leads_to_product(a):
-            return a, condition, True, _constant(b, facts)
-        if isinstance(b, fx.Node) and leads_to_product(b):
-            return b, condition, False, _constant(a, facts)
-    return None
-
-
-def _constant(x: Any, facts: Facts) -> float | None:
-    """The value of a number or of a constant tensor of equal elements."""
-    if not isinstance(x, fx.Node):
-        return number(x)
-    while is_call(x, aten.expand.default, aten.reshape.default, convert):
-        x = arg(x, 0)
-    value = facts.const(x)
-    if value is None or value.numel() == 0:
-        return None
-    first = value.flatten()[0]
-    if not bool((value == first).all()):
-        return None
-    # A finite number that overflows the dtype is an infinity by accident: what was meant is anybody's guess.
-    written = next((a for a in reversed(x.args) if number(a) is not None), None)
-    overflowed = written is not None and math.isfinite(float(written)) and not bool(torch.isfinite(first))  # type: ignore[arg-type]
-    return None if overflowed else float(first)

@@ -255,3 +255,13 @@ def test_other_softmaxes_are_no_attention():
         return torch.softmax(F.linear(x, w), -1).topk(2)
 
     assert fuse(router, (torch.randn(4, 8), torch.randn(6, 8)), *ATTENTION).fired == []
+
+
+def test_operands_of_different_ranks_stay():
+    def fn(q, k, v):
+        return torch.softmax(q @ k.mT, -1) @ v
+
+    q, k, v = torch.randn(2, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    result = fuse(fn, (q, k, v), *ATTENTION)
+    missed = result.missed("eager_attention")
+    assert result.fired == [] and missed.code == "shape" and "[3, 4] axes" in missed.reason
