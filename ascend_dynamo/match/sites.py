@@ -25,7 +25,7 @@ def _input_nodes(m: Match) -> list[fx.Node]:
     found: dict[fx.Node, None] = {}
     for value in m.inputs.values():
         for v in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(v, fx.Node):
+            if isinstance(v, fx.Node) and v not in m.nodes:  # a recogniser may note its own nodes there
                 found[v] = None
     for node in m.nodes:  # what a match reads beside its named inputs: sizes, constants
         for v in node.all_input_nodes:
