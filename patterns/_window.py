@@ -37,7 +37,9 @@ def window(facts: Facts, n: Any) -> Window | None:
         call = arguments(n)
         source, start, step = call["self"], call["start"], call["step"]
         if call["dim"] in (-1, rank(facts, source) - 1) and isinstance(start, int) and isinstance(step, int):
-            return Window(source, start, count, step)
+            outer = window(facts, source)
+            if outer is not None:
+                return Window(outer.source, outer.start + start * outer.step, count, step * outer.step)
     return Window(n, 0, count)
 
 

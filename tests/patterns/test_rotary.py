@@ -84,6 +84,18 @@ def test_inside_a_fused_projection():
     assert_same(neox, args, result, exact=True)
 
 
+def test_interleaved_and_partial():
+    def glm(x, cos, sin):  # the slice with a step is not merged with the one around it
+        rot, rest = x[..., :8], x[..., 8:]
+        turned = torch.stack((-rot[..., 1::2], rot[..., ::2]), -1).flatten(-2)
+        return torch.cat((rot * cos.unsqueeze(1) + turned * sin.unsqueeze(1), rest), -1)
+
+    args = inputs(width=20)
+    result = fuse(glm, args, *ROTARY)
+    assert result.fired == ["rotary", "rotary_partial"] and "interleaved=True, rotary_dim=8" in result.after
+    assert_same(glm, args, result, exact=True)
+
+
 def test_snapshot():
     pairs = [(rotary.half, 8), (rotary.every_two, 8), (rotary_halves.reads_interleaved, 4)]
     results = [fuse(fn, inputs(table=n), *ROTARY) for fn, n in pairs]
