@@ -65,7 +65,7 @@ def prepare(case: dict[str, Any], contender: str) -> Prepared:
         "inductor": lambda: torch.compile(model, dynamic=False),
         "ours": lambda: torch.compile(model, backend="ascend_opt", dynamic=False),
     }[contender]()
-    prepared = _decode(model, call) if case["kind"] == "decode" else _forward(model, call, case)
+    prepared = _decode(model, call, case) if case["kind"] == "decode" else _forward(model, call, case)
     prepared.work = work(model, case)
     return prepared
 
@@ -96,24 +96,30 @@ def _reference(model: Any, run: Callable[..., torch.Tensor], case: dict[str, Any
     return reference
 
 
-def _decode(model: Any, call: Callable[..., Any]) -> Prepared:
+def _decode(model: Any, call: Callable[..., Any], case: dict[str, Any]) -> Prepared:
     """One token against a static cache; ``reset`` rewinds the cache to the end of the prompt."""
     from transformers import StaticCache
 
-    cache = StaticCache(config=model.config, max_cache_len=SLOTS)
     prompt = _models.token_ids(model.config.vocab_size, 1, PROMPT)
     token = prompt[:, :1].clone()
-    with torch.no_grad():
-        model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def filled() -> Any:
+        cache = StaticCache(config=model.config, max_cache_len=SLOTS)
+        with torch.no_grad():
+            model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    cache = filled()
 
     def reset() -> None:
         for layer in cache.layers:
             layer.cumulative_length.fill_(PROMPT)  # type: ignore[union-attr]
 
-    def run() -> torch.Tensor:
-        return call(token, past_key_values=cache, use_cache=True).logits
+    def run(f: Callable[..., Any] = call, kept: Any = cache) -> torch.Tensor:
+        return f(token, past_key_values=kept, use_cache=True).logits
 
-    return Prepared(run, reset, reset_every=SLOTS - PROMPT - 8)
+    reference = _reference(model, lambda f: run(f, filled()), case)
+    return Prepared(run, reset, reset_every=SLOTS - PROMPT - 8, reference=reference)
 
 
 def work(model: Any, case: dict[str, Any]) -> dict[str, float]:
