@@ -15,7 +15,7 @@ from ascend_dynamo.errors import ExpectError, PatternError
 from ascend_dynamo.ir.effects import remove_dead
 from ascend_dynamo.ir.facts import GraphFacts
 from ascend_dynamo.match.commit import Undone, commit
-from ascend_dynamo.match.explain import near_misses, unmet
+from ascend_dynamo.match.explain import Search, unmet
 from ascend_dynamo.match.index import Entry, Index, count_ops
 from ascend_dynamo.match.language import DeclarativePattern
 from ascend_dynamo.match.lazy import one_recompile, recompile_when_called
@@ -51,10 +51,10 @@ def run_patterns(
     if explain or complaints:
         tried = [p for p in run.active if p.name not in run.quarantined]
         shut = [p for p in registry if p.level > options.level and _enabled(options, p.name)]
-        record.missed.extend(near_misses(unit.gm, tried, shut, run.facts, options.level, MISSES, run.failed))
+        search = Search(unit.gm, run.facts, run.dtypes, options.level)
+        record.missed.extend(search.near_misses(tried, shut, run.failed, MISSES))
     if complaints:
-        lines = [*complaints, *(f"  {m.pattern} at {m.anchor}: {m.reason}" for m in record.missed[:12])]
-        raise ExpectError("\n".join(lines))
+        raise ExpectError("\n".join(line for c in complaints for line in c.lines(record)))
     if run.commits:
         remove_dead(unit.gm.graph)
         recompile_when_called(unit.gm)
@@ -81,6 +81,7 @@ class _Run:
         self.lineage: dict[fx.Node, Counter[str]] = {}
         self.failed: dict[tuple[str, fx.Node], None] = {}
         nodes = list(unit.gm.graph.nodes)
+        self.dtypes: list[torch.dtype] = []
         self.limit = REWRITES_PER_NODE * len(nodes) + 64
         self.forced = forced_regions(nodes, self.facts)
         self.active = [p for p in registry if p.level <= options.level and _enabled(options, p.name)]
@@ -91,7 +92,7 @@ class _Run:
     def entries(self, registry: Registry, nodes: list[fx.Node]) -> list[Entry]:
         """One entry per alternative of the dtypes that the graph has; tracing happens here, at first use."""
         present = {n.meta["val"].dtype for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)}
-        dtypes = sorted(present, key=str)
+        self.dtypes = sorted(present, key=str)
         precedence = registry.precedence()
         found: list[Entry] = []
         for p in self.active:
@@ -100,7 +101,7 @@ class _Run:
                 found.append(Entry.of(rank, p, None))
                 continue
             try:
-                alternatives = dict.fromkeys(a for d in dtypes for a in p.alternatives(d))
+                alternatives = dict.fromkeys(a for d in self.dtypes for a in p.alternatives(d))
             except PatternError as error:
                 self.quarantine(p.name, error, "tracing")
                 continue

@@ -116,10 +116,14 @@ class DeclarativePattern(BasePattern):
         """The overloads at which a match can end."""
         return tuple(dict.fromkeys(a.anchor for a in self.all_alternatives()))
 
-    def match(self, anchor: fx.Node, facts: Facts, why: Why | None = None) -> Match | NoMatch:
-        """The first alternative that fits at ``anchor``, or the reason of the one that came nearest."""
-        why = why or Why()
-        for alternative in self.all_alternatives():
+    def alternatives_for(self, dtypes: Iterable[torch.dtype]) -> tuple[Alternative, ...]:
+        """The alternatives of some dtypes, each once."""
+        return tuple(dict.fromkeys(a for d in dtypes for a in self.alternatives(d)))
+
+    def match(self, anchor: fx.Node, facts: Facts, dtypes: Iterable[torch.dtype] | None = None) -> Match | NoMatch:
+        """The first alternative (of ``dtypes``, if given) that fits at ``anchor``, or the reason of the nearest."""
+        why = Why()
+        for alternative in self.all_alternatives() if dtypes is None else self.alternatives_for(dtypes):
             found = match_alternative(self, alternative, anchor, facts, why)
             if found is not None:
                 return found

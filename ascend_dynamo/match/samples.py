@@ -17,7 +17,8 @@ from ascend_dynamo.contracts import Domain
 from ascend_dynamo.errors import PatternError
 from ascend_dynamo.match.terms import Expr, Spread
 
-_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
+# In no regular order, so that no difference of two sizes is the same in two samples.
+_PRIMES = (5, 11, 7, 17, 13, 29, 19, 41, 23, 59, 31, 83, 37, 61, 43, 97, 47, 73, 53, 101, 67, 79, 71, 89, 103)
 VARIADIC = (1, 2, 3, 4)
 
 

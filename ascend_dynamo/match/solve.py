@@ -31,17 +31,15 @@ def solve_int(values: Sequence[int], envs: Sequence[Env]) -> Expr | None:
 def _integer_texts(names: Sequence[str], values: Sequence[int], envs: Sequence[Env]) -> Iterator[str]:
     yield from names
     for n in names:
-        offset = values[0] - envs[0][n]
-        yield f"{n} + {offset}" if offset >= 0 else f"{n} - {-offset}"
-    for n in names:
         for k in _FACTORS:
             yield f"{k} * {n}"
-            offset = values[0] - k * envs[0][n]
-            yield f"{k} * {n} + {offset}"
-    for n in names:
         for k in (2, 3, 4, 8):
             yield f"{n} // {k}"
             yield f"{n} - {n} // {k}"
+    for n in names:
+        for k in (1, *_FACTORS):
+            offset = values[0] - k * envs[0][n]
+            yield f"{n if k == 1 else f'{k} * {n}'} {'+' if offset >= 0 else '-'} {abs(offset)}"
     for r in (2, 3, 4):
         for group in itertools.combinations(names, r):
             yield " * ".join(group)
@@ -55,8 +53,8 @@ def _integer_texts(names: Sequence[str], values: Sequence[int], envs: Sequence[E
         if a < b:
             yield f"{a} * {b} // {c}"
             yield f"({a} + {b}) * {c}"
+        yield f"({a} + 2 * {b}) * {c}"
         if b < c:
-            yield f"({a} + 2 * {b}) * {c}"
             yield f"{a} // ({b} * {c})"
 
 

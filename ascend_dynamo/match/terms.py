@@ -52,7 +52,7 @@ class Spread:
     name: str
     positions: bool = False
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"range(*{self.name})" if self.positions else f"*{self.name}"
 
 
