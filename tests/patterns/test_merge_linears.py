@@ -137,3 +137,18 @@ def test_mixed_dtypes_stay_apart():
 
     args = (torch.randn(X), torch.randn(X), *weights(16), *weights(16, dtype=torch.float64))
     assert fuse(fn, args, "merge_linears", params=(2, 3)).fired == []
+
+
+def test_a_vector_weight_is_not_merged():
+    def fn(x, q, k):
+        return F.linear(x, q) + 1, F.linear(x, k) + 1
+
+    args = (torch.randn(X), torch.randn(16), torch.randn(16))
+    result = fuse(fn, args, "merge_linears", params=(1, 2))
+    missed = result.missed("merge_linears")
+    assert result.fired == [] and missed.code == "shape"
+
+
+def test_a_lonely_linear_is_no_near_miss():
+    result = fuse(lambda x, w: F.linear(x, w) + 1, (torch.randn(X), *weights(16)), "merge_linears", params=(1,))
+    assert result.fired == [] and result.missed("merge_linears").progress == 0.0

@@ -124,6 +124,10 @@ def _wrong_count(x, w, eps):
     return w * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / (x.shape[-1] - 1) + eps))
 
 
+def _wide_mean(x, w, eps):
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True, dtype=torch.float64) + eps))
+
+
 def _in_place(x, w, eps):
     r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     x.add_(1)
@@ -140,6 +144,7 @@ def _in_place(x, w, eps):
         (_shared_statistic, "users", "2 users"),
         (_rounded_root, "dtype", "rounded to torch.bfloat16"),
         (_wrong_count, "op", "aten.div"),
+        (_wide_mean, "dtype", "dtype=torch.float64"),
         (_in_place, "op", "something else"),
     ],
     ids=lambda p: getattr(p, "__name__", None),
