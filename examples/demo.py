@@ -81,9 +81,7 @@ def generator(name: str, title: str, progress: Progress) -> dict[str, Any]:
     prompt = models.token_ids(model.config.vocab_size, 1, 32)
 
     def tokens(**more: Any) -> list[int]:
-        out = model.generate(
-            prompt, max_new_tokens=NEW_TOKENS, do_sample=False, cache_implementation="static", **more
-        )
+        out = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, cache_implementation="static", **more)
         return out[0, prompt.shape[1] :].tolist()
 
     expected = tokens(disable_compile=True)

@@ -80,6 +80,15 @@ def test_inference_tensors_are_refused() -> None:
     assert "inference mode" in why_not_mergeable(parts)
 
 
+def test_subclasses_are_refused() -> None:
+    class Quantised(torch.Tensor):
+        pass
+
+    a, b = parameters(3, 3)
+    assert "Quantised" in why_not_mergeable([a, b.data.as_subclass(Quantised)])
+    assert "dense" in why_not_mergeable([a, torch.empty(3, 4, device="meta")])
+
+
 def test_refresh_bumps_versions() -> None:
     model = nn.Linear(2, 2)
     before = model.weight._version
