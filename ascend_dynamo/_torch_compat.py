@@ -315,7 +315,7 @@ def privateuse1_name() -> str:
 
 
 def specialize_module_floats(gm: fx.GraphModule) -> None:
-    """Ask Dynamo to trace again with the module's float attributes (eps, scale) as constants, if they are inputs.
+    """Ask Dynamo to trace again with floats of modules and globals (eps, math.pi) as constants, if they are inputs.
 
     ``dynamic=True`` makes them inputs, which would hide every eps from the patterns. Floats that the caller passes as
     arguments stay inputs. Uses the restart by which AOTAutograd specialises floats that it cannot keep.
@@ -330,7 +330,7 @@ def specialize_module_floats(gm: fx.GraphModule) -> None:
         if source is None or memo is None or not all(user.target == "item" for user in node.users):
             continue
         kind = source.guard_source
-        if kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module():
+        if kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module() or not kind.is_local():
             wanted.add(str(memo.node._expr))
     wanted = {name for name in wanted if not TensorifyState.should_specialize(name)}
     if wanted:

@@ -145,11 +145,11 @@ def _goes_with(facts: Facts, anchor: fx.Node, other: fx.Node) -> bool:
 
 def _mergeable(facts: Facts, anchor: fx.Node, alike: list[fx.Node]) -> list[fx.Node] | NoMatch:
     """As many of ``alike`` as can be merged, the anchor among them."""
-    ask = getattr(facts, "why_not_mergeable", lambda params: "")
 
     def why_not(group: list[fx.Node]) -> str:
         columns = zip(*(linear_arguments(n)[1:] for n in group), strict=True)
-        return next((why for column in columns if column[0] is not None and (why := ask(tuple(column)))), "")
+        reasons = (facts.why_not_mergeable(column) for column in columns if column[0] is not None)
+        return next(filter(None, reasons), "")
 
     if not why_not(alike):
         return alike

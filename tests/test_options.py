@@ -126,7 +126,7 @@ def test_explicit_over_environment_over_default() -> None:
         ("VALIDATE", "TRUE", "validate", True),
         ("CACHE", "0", "cache", False),
         ("CACHE", "/tmp/cache", "cache", "/tmp/cache"),
-        ("PATTERNS", "rms_norm, -qkv_linear", "patterns", {"rms_norm": True, "qkv_linear": False}),
+        ("PATTERNS", "rms_norm, -merge_linears", "patterns", {"rms_norm": True, "merge_linears": False}),
         ("EXPECT", "rms_norm=4,rotary=2", "expect", {"rms_norm": 4, "rotary": 2}),
         ("EXPECT", '{"rms_norm": 4}', "expect", {"rms_norm": 4}),
         ("GEARS", '{"batch": [1, 2], "seq": "pow2"}', "gears", Gears.parse({"batch": [1, 2], "seq": "pow2"})),

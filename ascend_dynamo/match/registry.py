@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import sys
 import types
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -121,9 +123,22 @@ def _parts(p: Pattern) -> Iterator[str]:
     functions: list[Any] = [*p.eager, p.domain.requires, getattr(p, "replace", None)]
     if signature is None:
         functions.append(type(p))
+        yield from _package_sources(type(p).__module__)
     for fn in functions:
         if fn is not None:
             yield source_of(fn)
+
+
+def _package_sources(module: str) -> Iterator[str]:
+    """The files of the package that a procedural pattern lives in: its class calls helpers from there."""
+    parts = module.split(".")
+    package = sys.modules.get(".".join(parts[: 2 if parts[0] == "ascend_dynamo" else 1]))
+    file = getattr(package, "__file__", None)
+    if file is None:
+        return
+    path = Path(file)
+    for source in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
+        yield source.read_text(encoding="utf-8")
 
 
 def _describe(value: Any) -> str:
