@@ -49,6 +49,18 @@ class GraphBuilder:
         kwargs = self._arguments(kwargs)
         return self._call(target, args, kwargs, self.facts.fakes.run(target, args, kwargs))
 
+    def call(
+        self, target: Callable[..., Any], args: Any, kwargs: Any, shape: tuple[Any, ...], dtype: torch.dtype
+    ) -> fx.Node:
+        """``op`` for a caller who knows dtype and shape of the result: no fake kernel is run.
+
+        At least one argument is a tensor, on whose device the result is.
+        """
+        args, kwargs = self._arguments(args), self._arguments(kwargs)
+        values = [n.meta["val"] for n in pytree.tree_leaves((args, kwargs)) if isinstance(n, fx.Node)]
+        like = next(v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor))
+        return self._call(target, args, kwargs, self.facts.fakes.tensor(shape, like, dtype))
+
     def prologue(self, transform: str, *params: fx.Node) -> fx.Node:
         """The placeholder that holds ``transform(*params)``, the same one for the same parameters.
 

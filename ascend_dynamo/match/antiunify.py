@@ -62,7 +62,7 @@ def anti_unify(
     )
     samples = [o.sample for o in group]
     calls, outputs = _Unifier(label, samples, names).run([o.eager for o in group])
-    new_calls, new_outputs = _Unifier(f"{label}, replacement", samples, names).run([o.new for o in group])
+    new_calls, new_outputs = _Unifier(f"{label}, replacement", samples, names).run([o.new for o in group], True)
     roots, routes = _roots(label, calls, outputs)
     ranks = {}
     for name in signature.spreads():
@@ -88,7 +88,7 @@ class _Unifier:
         self.index = {n: i for i, n in enumerate(names)}
         self.made: list[Call] = []
 
-    def run(self, traces: Sequence[Traced]) -> tuple[tuple[Call, ...], tuple[Arg, ...]]:
+    def run(self, traces: Sequence[Traced], results: bool = False) -> tuple[tuple[Call, ...], tuple[Arg, ...]]:
         for i, (op, _, shape) in enumerate(traces[0].calls):
             shaped = op in SHAPED
             columns = list(zip(*(t.calls[i][1] for t in traces), strict=True))
@@ -102,8 +102,21 @@ class _Unifier:
                 out = self.sizes(shapes, f"the output shape of {op} (call {i})")
             commutes = op in COMMUTATIVE and all(a.kind == LITERAL and same_literal(a.data, 1) for a in made[2:])
             self.made.append(Call(i, op, made, out, commutes and len(made) >= 2 and repr(made[0]) != repr(made[1])))
+            if results:
+                self.made[-1].result = self.result([t.results[i] for t in traces])
         outputs = tuple(self.arg((o,) * len(traces), "output") for o in traces[0].outputs)
         return tuple(self.made), outputs
+
+    def result(self, seen: Sequence[tuple[torch.dtype, tuple[int, ...]] | None]) -> Any:
+        """Dtype and shape of a call in every sample, so that they need not be computed at each site; None: unknown."""
+        known = [r for r in seen if r is not None]
+        shape = solve_sizes([r[1] for r in known], self.envs) if len(known) == len(seen) else None
+        if shape is None:
+            return None
+        try:
+            return self.dtype([r[0] for r in known], "the dtype of a result"), shape
+        except PatternError:
+            return None
 
     def arg(self, values: Sequence[Any], where: str) -> Arg:
         v = values[0]

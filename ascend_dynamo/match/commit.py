@@ -44,6 +44,9 @@ def commit(
         if compat.guard_count(facts.fake_mode) != guards:
             raise PatternError(f'pattern "{pattern.name}": match or rewrite added a guard; ask facts.known instead')
         results = tuple(_keep_apart(old, new, builder, facts) for old, new in zip(m.outputs, results, strict=True))
+        if options.strict or options.validate:  # shapes that tracing has solved are not taken on trust
+            for node in builder.new_nodes:
+                _derive(pattern.name, node, facts)
         if options.validate:
             validate_rewrite(pattern.name, m, results, builder.new_nodes, unit.prologue)
     except Exception as error:
@@ -77,6 +80,16 @@ def check(name: str, m: Match, results: tuple[Any, ...]) -> None:
             raise PatternError(
                 f'pattern "{name}": the rewrite changes the shape of output {i}: {list(was.shape)} to {list(now.shape)}'
             )
+
+
+def _derive(name: str, node: fx.Node, facts: GraphFacts) -> None:
+    """Run a new call on its arguments' values: it must give what it is recorded to give."""
+    have = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(have, torch.Tensor):
+        return
+    got = facts.fakes.run(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+    if not isinstance(got, torch.Tensor) or got.dtype != have.dtype or not same_shape(got.shape, have.shape):
+        raise PatternError(f'pattern "{name}": %{node.name} = {node.target} gives {got}, it is recorded as {have}')
 
 
 def _keep_apart(old: fx.Node, new: fx.Node, builder: GraphBuilder, facts: GraphFacts) -> fx.Node:

@@ -12,6 +12,7 @@ from torch import fx
 
 from ascend_dynamo.contracts import GraphUnit, Match, NoMatch, PassResult
 from ascend_dynamo.errors import ExpectError, PatternError
+from ascend_dynamo.ir import effects
 from ascend_dynamo.ir.effects import remove_dead
 from ascend_dynamo.ir.facts import GraphFacts
 from ascend_dynamo.match.commit import Undone, commit
@@ -84,6 +85,7 @@ class _Run:
         self.dtypes: list[torch.dtype] = []
         self.limit = REWRITES_PER_NODE * len(nodes) + 64
         self.forced = forced_regions(nodes, self.facts)
+        self.pure = all(map(effects.is_pure, {n.target: n for n in nodes}.values()))
         self.active = [p for p in registry if p.level <= options.level and _enabled(options, p.name)]
         self.index = Index(self.entries(registry, nodes), count_ops(nodes))
         for node in nodes:
@@ -152,7 +154,7 @@ class _Run:
 
     def apply(self, m: Match, entry: Entry) -> None:
         p = entry.pattern
-        point = place(m, p.users, self.facts)
+        point = place(m, p.users, self.facts, self.pure)
         if isinstance(point, NoMatch):
             self.failed[(p.name, m.anchor)] = None
             # Once the node in the way loses a user, this site may fire after all.
@@ -176,6 +178,7 @@ class _Run:
             return
         self.commits += 1
         self.record.fired.append(Fired(p.name, anchor, src, len(m.nodes), m.assumes, region, tuple(sorted(p.emits))))
+        self.pure = self.pure and all(effects.is_pure(n) for n in new)
         ancestry[p.name] += 1
         for node in new:
             self.lineage[node] = ancestry

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
 from ascend_dynamo.contracts import Builder
+from ascend_dynamo.ir.builder import GraphBuilder
 from ascend_dynamo.match.canonical import split
 from ascend_dynamo.match.matcher import TracedMatch
 from ascend_dynamo.match.samples import evaluate
-from ascend_dynamo.match.terms import CALL, DEVICE, DTYPE, LIST, LITERAL, SCALAR, SIZE, SIZES, SKIP, VAR, Arg, Call
+from ascend_dynamo.match.terms import (
+    CALL,
+    DEVICE,
+    DTYPE,
+    LIST,
+    LITERAL,
+    SCALAR,
+    SIZE,
+    SIZES,
+    SKIP,
+    VAR,
+    Arg,
+    Call,
+    Spread,
+)
 
 
 def instantiate(m: TracedMatch, b: Builder) -> tuple[fx.Node, ...]:
@@ -46,8 +62,23 @@ def instantiate(m: TracedMatch, b: Builder) -> tuple[fx.Node, ...]:
 
     for call in alternative.new_calls:
         args, kwargs = split(call.op, tuple(value(a, call) for a in call.args))
-        made.append(b.op(call.op, *args, **kwargs))
+        made.append(_make(b, call, args, kwargs, m, value))
     return tuple(value(o) for o in alternative.new_outputs)
+
+
+def _make(b: Builder, call: Call, args: Any, kwargs: Any, m: TracedMatch, value: Callable[[Arg], Any]) -> fx.Node:
+    """The call, by what tracing has learnt of its result if that says enough here."""
+    sizes = m.sizes or {}
+    if call.result is not None and isinstance(b, GraphBuilder) and any(isinstance(a, fx.Node) for a in args):
+        dtype, shape = call.result
+        if _sized(shape, sizes):
+            return b.call(call.op, args, kwargs, evaluate(shape, sizes), value(dtype))
+    return b.op(call.op, *args, **kwargs)
+
+
+def _sized(shape: tuple[Any, ...], sizes: Any) -> bool:
+    """True if everything that the shape mentions is known here."""
+    return all("*" + i.name in sizes if isinstance(i, Spread) else i.names() <= sizes.keys() for i in shape)
 
 
 def _number(expr: Any, m: TracedMatch) -> Any:

@@ -34,11 +34,12 @@ def _input_nodes(m: Match) -> list[fx.Node]:
     return list(found)
 
 
-def place(m: Match, users: Users, facts: Facts) -> fx.Node | NoMatch:
+def place(m: Match, users: Users, facts: Facts, pure: bool = False) -> fx.Node | NoMatch:
     """The node in front of which the replacement goes, or why the match must be left alone.
 
     Every user of an output outside of the match must come later, every input earlier; no write to what the match
     reads may lie between; all nodes must be in one stream and one region, which allows the pattern.
+    ``pure`` says that nothing in the graph writes or acts, which saves looking.
     """
     nodes, outputs = m.nodes, frozenset(m.outputs)
     refusal = _borders(m, facts)
@@ -60,6 +61,8 @@ def place(m: Match, users: Users, facts: Facts) -> fx.Node | NoMatch:
         if not node < point:
             found = f"%{node.name} is computed after %{point.name} needs the result"
             return _no(facts, "unproven", node, "every input before the first use of a result", found)
+    if pure:
+        return point
     first = min(nodes)
     for effect in facts.effects_between(first, last):
         for target in effects.written(effect) or effect.all_input_nodes:

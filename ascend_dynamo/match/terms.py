@@ -96,9 +96,13 @@ class Arg:
 
 
 class Call:
-    """A pattern node: ``op`` on ``args``; ``shape`` is the expected output shape where the arguments only say that."""
+    """A pattern node: ``op`` on ``args``; ``shape`` is the expected output shape where the arguments only say that.
 
-    __slots__ = ("args", "arity", "commutes", "index", "literals", "op", "rest", "shape")
+    ``literals`` and ``rest`` are the arguments as the matcher walks them: literals first, since they are cheap; the
+    rest from the last on, because it is pushed on a stack. The two operands of a commutative call are in neither.
+    """
+
+    __slots__ = ("args", "arity", "commutes", "index", "literals", "op", "rest", "result", "shape")
 
     def __init__(self, index: int, op: Any, args: tuple[Arg, ...], shape: tuple[Any, ...] | None, commutes: bool):
         self.index = index
@@ -106,6 +110,7 @@ class Call:
         self.args = args
         self.shape = shape
         self.commutes = commutes
+        self.result: tuple[Arg, tuple[Any, ...]] | None = None  # dtype and shape of a call to be made, if solved
         # What the matcher walks: literals first, since they are cheap; the rest from the last argument on, because
         # it is pushed on a stack; the two operands of a commutative call are neither.
         start = 2 if commutes else 0

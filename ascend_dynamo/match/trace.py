@@ -41,6 +41,7 @@ class Traced:
     calls: tuple[tuple[Any, tuple[Any, ...], tuple[int, ...] | None], ...]
     outputs: tuple[Any, ...]
     signature: tuple[tuple[Any, Any, Any], ...]  # (dtype, shape, stride) of each output as eager gives them
+    results: tuple[tuple[torch.dtype, tuple[int, ...]] | None, ...] = ()  # of each call; None: not one dense tensor
     taken: tuple[bool, ...] = ()  # what each ``optional`` decided
 
 
@@ -126,6 +127,7 @@ def _read(
 ) -> Traced:
     where: dict[fx.Node, Ref | Name] = {}
     calls: list[tuple[Any, tuple[Any, ...], tuple[int, ...] | None]] = []
+    results: list[tuple[torch.dtype, tuple[int, ...]] | None] = []
     remaining = iter(names)
 
     def item(a: Any) -> Any:
@@ -139,13 +141,16 @@ def _read(
         elif node.op == "call_function":
             shape = tuple(node.meta["val"].shape) if node.target in SHAPED else None
             where[node] = Ref(len(calls))
+            value = node.meta["val"]
+            dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+            results.append((value.dtype, tuple(value.shape)) if dense else None)
             calls.append((node.target, tuple(item(a) for a in canonical(node)), shape))
         elif node.op == "get_attr":
             raise PatternError(f"{label}: the function holds a tensor ({node.target}); make it a parameter or a number")
     outputs = tuple(item(leaf) for leaf in _leaves(gm))
     if any(not isinstance(o, (Ref, Name)) for o in outputs):
         raise PatternError(f"{label}: returns something that is not a tensor")
-    return Traced(tuple(calls), outputs, signature, taken)
+    return Traced(tuple(calls), outputs, signature, tuple(results), taken)
 
 
 def used_inputs(traced: Traced) -> frozenset[str]:
