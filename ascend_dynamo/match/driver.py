@@ -100,14 +100,14 @@ class _Run:
         for p in self.active:
             rank = precedence[p.name]
             if not isinstance(p, DeclarativePattern):
-                found.append(Entry.of(rank, p, None))
+                found.append(Entry(rank, p, None))
                 continue
             try:
                 alternatives = dict.fromkeys(a for d in self.dtypes for a in p.alternatives(d))
             except PatternError as error:
                 self.quarantine(p.name, error, "tracing")
                 continue
-            found.extend(Entry.of((*rank, i), p, a) for i, a in enumerate(alternatives))
+            found.extend(Entry((*rank, i), p, a) for i, a in enumerate(alternatives))
         return found
 
     def push(self, node: fx.Node) -> None:

@@ -7,35 +7,32 @@ positions, so it survives commuting. Looking a node up costs its two levels of o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
 
-from ascend_dynamo.match.terms import Alternative, Call
+from ascend_dynamo.match.terms import Alternative
 
 DEPTH = 12  # of procedural patterns that do not say
 Path = tuple[int, ...]  # ids of operators; overloads live as long as the process
 
 
-@dataclass(frozen=True, eq=False)
 class Entry:
-    """One thing to try: a pattern with one of its alternatives (None: a procedural pattern); lower ``rank`` first."""
+    """One thing to try: a pattern with one of its alternatives (None: a procedural pattern); lower ``rank`` first.
 
-    rank: tuple[int, ...]
-    pattern: Any
-    alternative: Alternative | None
-    height: int = 1  # how far below its anchor a match can reach
-    ops: frozenset[int] | None = None  # operators that it contains; None: unknown
+    ``height`` is how far below its anchor a match can reach, ``ops`` the operators that it contains (None: unknown).
+    """
 
-    @classmethod
-    def of(cls, rank: tuple[int, ...], pattern: Any, alternative: Alternative | None) -> Entry:
-        """An entry with what can be read off the alternative."""
-        if alternative is None:
-            return cls(rank, pattern, None, getattr(pattern, "depth", DEPTH))
-        ops = frozenset(id(c.op) for c in alternative.calls)
-        return cls(rank, pattern, alternative, max(map(height, alternative.roots)), ops)
+    __slots__ = ("alternative", "height", "ops", "pattern", "rank")
+
+    def __init__(self, rank: tuple[int, ...], pattern: Any, alternative: Alternative | None) -> None:
+        self.rank = rank
+        self.pattern = pattern
+        self.alternative = alternative
+        known = alternative is not None
+        self.height: int = alternative.height if known else getattr(pattern, "depth", DEPTH)  # type: ignore[union-attr]
+        self.ops: frozenset[int] | None = alternative.ops if known else None  # type: ignore[union-attr]
 
     def may_see(self, distance: int, ops: frozenset[int]) -> bool:
         """Whether new calls of ``ops``, ``distance`` below a node, can make this match there."""
@@ -59,7 +56,7 @@ class Index:
                     self.anchors.add(id(op))
                     self._flat.setdefault(id(op), []).append(entry)
                 continue
-            path = _rarest(entry.alternative.roots[0], counts)
+            path = _rarest(entry.alternative.paths, counts)
             self.anchors.add(path[0])
             if len(path) == 1:
                 self._flat.setdefault(path[0], []).append(entry)
@@ -99,21 +96,6 @@ def count_ops(nodes: Iterable[fx.Node]) -> Counter[int]:
     return Counter(id(n.target) for n in nodes)
 
 
-def height(call: Call) -> int:
-    """The number of calls on the longest way down from ``call``."""
-    return 1 + max((height(c) for c in call.children()), default=0)
-
-
-def _paths(root: Call) -> Iterator[Path]:
-    op = id(root.op)
-    yield (op,)
-    for child in root.children():
-        c = id(child.op)
-        yield (op, c)
-        for grand in child.children():
-            yield (op, c, id(grand.op))
-
-
-def _rarest(root: Call, counts: Counter[int]) -> Path:
+def _rarest(paths: tuple[Path, ...], counts: Counter[int]) -> Path:
     """The path whose rarest operator is rarest in the graph; of equals the longest, then the first."""
-    return min(_paths(root), key=lambda path: (min(counts[op] for op in path), -len(path)))
+    return min(paths, key=lambda path: (min(counts[op] for op in path), -len(path)))

@@ -7,7 +7,7 @@ because the matcher switches on it in its inner loop).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,10 +173,16 @@ class Alternative:
     fixed: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)  # choices, and None for inputs that it lacks
     float_sizes: frozenset[str] = field(init=False)  # sizes from which the replacement computes floating-point numbers
+    height: int = field(init=False)  # calls on the longest way down
+    ops: frozenset[int] = field(init=False)  # ids of its operators (overloads live as long as the process)
+    paths: tuple[tuple[int, ...], ...] = field(init=False)  # ids of one, two and three operators down from the anchor
 
     def __post_init__(self) -> None:
         exprs = [a.data for c in self.new_calls for a in c.args if a.kind == SIZE]
         self.float_sizes = frozenset(n for e in exprs if "." in e.text or "**" in e.text for n in e.names())
+        self.height = max(map(_height, self.roots))
+        self.ops = frozenset(id(c.op) for c in self.calls)
+        self.paths = tuple(dict.fromkeys(_paths(self.roots[0])))
 
     @property
     def anchor(self) -> Any:
@@ -186,3 +192,16 @@ class Alternative:
         names = ", ".join(f"{i.name}[{', '.join(map(str, i.shape))}]" for i in self.inputs)
         lines = [f"spelling {self.spelling}({names})", *map(repr, self.calls), f"return {self.outputs}", "=>"]
         return "\n".join([*lines, *map(repr, self.new_calls), f"return {self.new_outputs}"])
+
+
+def _height(call: Call) -> int:
+    return 1 + max(map(_height, call.children()), default=0)
+
+
+def _paths(root: Call) -> Iterator[tuple[int, ...]]:
+    op = id(root.op)
+    yield (op,)
+    for child in root.children():
+        yield (op, id(child.op))
+        for grand in child.children():
+            yield (op, id(child.op), id(grand.op))
