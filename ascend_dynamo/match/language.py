@@ -85,6 +85,7 @@ class DeclarativePattern(BasePattern):
         self.location = location
         for key, value in attributes.items():
             setattr(self, key, value)
+        self._by_dtype: dict[torch.dtype, tuple[Alternative, ...]] = {}
         self._families: dict[frozenset[torch.dtype], tuple[Alternative, ...] | PatternError] = {}
 
     def alternatives(self, dtype: torch.dtype) -> tuple[Alternative, ...]:
@@ -92,6 +93,9 @@ class DeclarativePattern(BasePattern):
 
         Raises PatternError if the pattern is ill-formed.
         """
+        ready = self._by_dtype.get(dtype)
+        if ready is not None:
+            return ready
         family = family_of(self, dtype)
         if not family:
             return ()
@@ -104,6 +108,7 @@ class DeclarativePattern(BasePattern):
             self._families[family] = found
         if isinstance(found, PatternError):
             raise found
+        self._by_dtype[dtype] = found
         return found
 
     def all_alternatives(self) -> tuple[Alternative, ...]:

@@ -94,7 +94,7 @@ def forced_regions(nodes: Iterable[fx.Node], facts: Facts) -> dict[str, tuple[st
     """Every region that forces patterns, with their names, in program order."""
     found: dict[str, tuple[str, ...]] = {}
     for node in nodes:
-        region = facts.region(node)
+        region = facts.region(node) if "custom" in node.meta else ""
         if region and region not in found and (names := forced(region)):
             found[region] = names
     return found
