@@ -174,8 +174,10 @@ def _autocast(a: Any, device: str, dtype: torch.dtype) -> Any:
 def make_unit(gm: fx.GraphModule, params: Sequence[str] = ()) -> GraphUnit:
     """A captured ATen graph as a ``GraphUnit``: twins become aten ops, output strides and written inputs are noted."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in _BECOMES:
-            node.target = _BECOMES[node.target]
+        if node.op == "call_function":
+            node.target = _BECOMES.get(node.target, node.target)
+            node.meta.setdefault("val", None)  # AOTAutograd leaves it out where a call returns nothing
+    _inputs_first(gm.graph)
     gm.recompile()
     placeholders = gm.graph.find_nodes(op="placeholder")
     index = {node: i for i, node in enumerate(placeholders)}
@@ -189,6 +191,16 @@ def make_unit(gm: fx.GraphModule, params: Sequence[str] = ()) -> GraphUnit:
     empty = fx.Graph()
     empty.output(())
     return GraphUnit(gm, fx.GraphModule({}, empty), tuple(params), mutated, strides)
+
+
+def _inputs_first(graph: fx.Graph) -> None:
+    """Put every placeholder in front of the first call: AOTAutograd makes effect tokens before the inputs."""
+    first_call: fx.Node | None = None
+    for node in list(graph.nodes):
+        if node.op != "placeholder":
+            first_call = first_call or node
+        elif first_call is not None:
+            first_call.prepend(node)
 
 
 def _strides(leaf: Any) -> Any:

@@ -360,3 +360,15 @@ def test_float_attributes_are_constants_and_float_arguments_are_not() -> None:
         x = torch.randn(2, length, 32)
         torch.testing.assert_close(run(x, temperature), model(x, temperature))
     assert len(backend.records) == 1 and backend.records[0].count("rms_norm") == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_effects_that_must_happen_in_order(dynamic: bool) -> None:
+    """``linalg.inv`` checks its result by an op with an effect, for which capture makes a token."""
+    run, backend = compiled(lambda x: torch.linalg.inv(x) @ x, {"strict": True}, dynamic=dynamic)
+    x = torch.randn(4, 4) + 4 * torch.eye(4)
+    torch.testing.assert_close(run(x), torch.eye(4), atol=1e-4, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="singular"):
+        run(torch.zeros(4, 4))
+    assert not backend.records[0].quarantined
