@@ -164,7 +164,8 @@ def declare(
     ``choices`` (one trace per value). All return the same number of tensors. A size is a name or an expression such
     as ``"2*H"``. ``users`` says what happens to an intermediate that is used elsewhere too: "refuse" it; "duplicate"
     its computation, which stays beside the replacement; "export": spellings return it, which makes it an output, and
-    one that they do not return is refused. ``optional(fn, x)`` in a spelling means both ``fn(x)`` and ``x``; ``*xs`` is one to four tensors.
+    one that they do not return is refused. ``optional(fn, x)`` in a spelling means both ``fn(x)`` and ``x``; ``*xs``
+    is one to four tensors.
 
     Raises PatternError, naming function and parameter, if the signatures disagree. Tracing happens at first use.
     """
