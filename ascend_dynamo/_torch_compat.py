@@ -337,3 +337,20 @@ def specialize_module_floats(gm: fx.GraphModule) -> None:
         for name in sorted(wanted):
             TensorifyState.specialize(name)
         raise TensorifyScalarRestartAnalysis
+
+
+@contextlib.contextmanager
+def function_mode_left(mode: Any) -> Iterator[None]:
+    """Take ``mode`` off the torch-function stack inside the block, if it is the innermost one.
+
+    While it is there, every attribute of every tensor goes through its handler, which the passes would feel.
+    """
+    depth = torch._C._len_torch_function_stack()
+    if depth == 0 or torch._C._get_function_stack_at(depth - 1) is not mode:
+        yield
+        return
+    torch._C._pop_torch_function_stack()
+    try:
+        yield
+    finally:
+        torch._C._push_on_torch_function_stack(mode)

@@ -132,10 +132,11 @@ class KeepComposites(TorchFunctionMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Composites decompose as usual inside this block (the mode itself cannot be left from a callback)."""
+        """Composites decompose as usual inside this block."""
         self._active = False
         try:
-            yield
+            with compat.function_mode_left(self):
+                yield
         finally:
             self._active = True
 

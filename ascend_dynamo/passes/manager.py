@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import networkx as nx
 
@@ -43,7 +45,21 @@ def run_passes(passes: Iterable[Pass], unit: GraphUnit, options: Options, record
     """Run ``passes`` in order on ``unit``; notes and seconds go to ``record``."""
     for p in ordered(passes):
         start = time.perf_counter()
-        result = p.run(unit, options)
+        with _collector_paused():
+            result = p.run(unit, options)
         record.seconds[p.name] = time.perf_counter() - start
         record.notes.extend(result.notes)
         log.debug("%s: %s in %.1f ms", p.name, "changed" if result.changed else "same", 1e3 * record.seconds[p.name])
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No cyclic garbage collection inside: one sweep over a process with torch in it takes longer than all passes."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib import metadata
 
 import pytest
@@ -148,3 +149,26 @@ def test_a_faulty_plugin_is_left_out_and_named(installed):
     assert "is a class; give an instance" in errors["plugin type (pkg:type)"]
     with pytest.raises(PatternError, match="plugin broken"):
         load_registry(Options(strict=True))
+
+
+def test_groups_name_a_pattern_and_all_that_emit_an_op():
+    from ascend_dynamo.patterns import registry
+
+    groups = registry().groups
+    assert set(groups["flash_attention"]) == {"sdpa", "eager_attention"}
+    assert groups["sdpa"] == ("sdpa",) and "rms_norm" in groups["rms_norm"] and len(groups["rms_norm"]) > 1
+
+
+def test_the_digest_of_a_recogniser_covers_its_package(tmp_path, monkeypatch):
+    package = tmp_path / "recognisers"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "helper.py").write_text("LIMIT = 1\n")
+    source = "from ascend_dynamo.match import ProceduralPattern\nclass P(ProceduralPattern):\n    name = 'p'\n"
+    (package / "one.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pattern = importlib.import_module("recognisers.one").P()
+    before = Registry([pattern]).digest()
+    assert before == Registry([pattern]).digest()
+    (package / "helper.py").write_text("LIMIT = 2\n")
+    assert before != Registry([pattern]).digest()
