@@ -29,6 +29,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ascend_dynamo.backend import Backend
+from ascend_dynamo.dialect.equal import significant_strides
 from ascend_dynamo.report.progress import Progress
 
 SAMPLES = 3
@@ -170,7 +171,7 @@ def _differs(a: Any, b: Any) -> str:
         torch.testing.assert_close(b, a, equal_nan=True, rtol=inexact * RTOL, atol=inexact * ATOL)
     except AssertionError as error:
         return " ".join(str(error).split())[:160]
-    if a.layout == torch.strided and a.numel() > 1 and a.stride() != b.stride():
+    if a.layout == torch.strided and significant_strides(a) != significant_strides(b):
         return f"stride {a.stride()} became {b.stride()}"
     return ""
 
