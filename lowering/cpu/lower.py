@@ -51,13 +51,20 @@ class CpuLowering:
             **{op: _Kernel(_epilogue_supported, _no_round_trip, _lower_epilogue) for op in _EPILOGUES},
         }
         self.ops: frozenset[Any] = frozenset(self._kernels)
+        self._isa = ""
+
+    @property
+    def isa(self) -> str:
+        """``kernels.isa()``, asked once: under a fake mode the question costs more than the rest of the lowering."""
+        self._isa = self._isa or kernels.isa()
+        return self._isa
 
     def supports(self, op: Any, n: fx.Node, facts: Facts) -> NoMatch | None:
         wrong = _wrong_kind(n, facts) or self._kernels[op].supports(n, facts)
         if wrong is not None:
             return wrong
         try:
-            isa = kernels.isa()
+            isa = self.isa
         except LoweringError as error:
             return NoMatch("op", n, "compiled CPU kernels", str(error), src=facts.src(n))
         if isa == "portable":
@@ -65,7 +72,7 @@ class CpuLowering:
         return None
 
     def cost(self, op: Any, n: fx.Node, facts: Facts) -> float:
-        return -self._kernels[op].gain(n, kernels.isa())
+        return -self._kernels[op].gain(n, self.isa)
 
     def lower(self, n: fx.Node, b: Builder) -> tuple[fx.Node, ...]:
         return (self._kernels[n.target].lower(n, b),)
