@@ -43,7 +43,9 @@ class Backend:
         UnsupportedTorchError: torch is too old.
     """
 
-    def __init__(self, options: Mapping[str, Any] | None = None, *, texts: bool = False) -> None:
+    def __init__(
+        self, options: Mapping[str, Any] | None = None, *, texts: bool = False, once: Once | None = None
+    ) -> None:
         compat.check_torch_version()
         setup()
         self.__name__ = "ascend_opt"
@@ -51,7 +53,7 @@ class Backend:
         self.texts = texts
         self._given = dict(options or {})
         self._index = itertools.count()
-        self._once = Once()
+        self._once = once or Once()
         Options.resolve(None, self._given)
 
     def __call__(
@@ -181,6 +183,9 @@ def _same_kind(value: Any, example: Any) -> bool:
     return plain and isinstance(value, torch.Tensor) and value.dtype == example.dtype and value.ndim == example.ndim
 
 
+_said = Once()  # the backend by name is one backend, although each graph makes an object of its own
+
+
 def ascend_opt(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -189,4 +194,4 @@ def ascend_opt(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """The backend by name, ``torch.compile(model, backend="ascend_opt")``; see ``Backend``."""
-    return Backend()(gm, example_inputs, mode=mode, options=options)
+    return Backend(once=_said)(gm, example_inputs, mode=mode, options=options)

@@ -11,6 +11,7 @@ from torch import nn
 
 import ascend_dynamo
 from ascend_dynamo.errors import ExpectError, OptionError
+from ascend_dynamo.log import Once
 
 REFERENCE = {"target": "reference"}
 
@@ -372,3 +373,13 @@ def test_effects_that_must_happen_in_order(dynamic: bool) -> None:
     with pytest.raises(RuntimeError, match="singular"):
         run(torch.zeros(4, 4))
     assert not backend.records[0].quarantined
+
+
+def test_the_named_backend_warns_of_gradients_once(monkeypatch, caplog) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("ascend_dynamo.backend._said", Once())
+    for _ in range(2):
+        torch.compiler.reset()
+        model = nn.Linear(4, 4)
+        torch.compile(model, backend="ascend_opt", options=REFERENCE)(torch.randn(2, 4)).sum().backward()
+        assert model.weight.grad is not None
+    assert sum("without fusions" in r.message for r in caplog.records) == 1

@@ -1,11 +1,9 @@
 """A model whose weights were merged saves and loads like any other."""
 
-import pytest
 import torch
+import transformers
 
 import ascend_dynamo
-
-transformers = pytest.importorskip("transformers")
 
 
 @torch.no_grad()
