@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -77,6 +78,11 @@ class Process:
             return {"error": f"process ended with code {self._process.wait()}; see {self._log.name}"}
         return json.loads(line)
 
+    def wait(self) -> None:
+        """Until there is an answer to read, or the process has ended."""
+        assert self._process.stdout is not None
+        select.select([self._process.stdout], [], [])
+
     def ask(self, cmd: str, **more: Any) -> dict[str, Any]:
         self.send(cmd, **more)
         return self.answer()
@@ -103,6 +109,7 @@ class Timing:
     compile: float = 0.0
     difference: float = 0.0
     error: str = ""
+    peak: float = math.nan  # bytes by which one call raised the process's memory at its highest
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -164,17 +171,21 @@ class Bench:
             for p in running.values():
                 p.close()
 
-    def row(self, case: dict[str, Any], running: dict[str, Process]) -> Row:
-        """Prepare, check and time one case."""
+    def row(self, case: dict[str, Any], running: dict[str, Process], *, in_turn: bool = False) -> Row:
+        """Prepare, check and time one case. ``in_turn`` prepares one contender after the other, where several at once
+        would not fit into memory."""
         row = Row(case, {c: Timing() for c in running})
         paths = {c: self._folder / f"{c}.pt" for c in running}
         for c, p in running.items():
             p.send("prepare", case=case, output=str(paths[c]))
+            if in_turn:
+                p.wait()
         ready = {c: p.answer() for c, p in running.items()}
         for c, got in ready.items():
             timing = row.timings[c]
             timing.error = got.get("error", "")
             timing.compile = got.get("compile", 0.0)
+            timing.peak = got.get("peak") or math.nan
             timing.notes = got.get("notes", {})
         alive = [c for c in running if not row.timings[c].error]
         if not alive:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from _memory import peak_of
 
 
 @dataclass
@@ -71,11 +72,15 @@ def _prepare(bench: Any, contender: str, request: dict[str, Any]) -> tuple[Prepa
         compile_seconds = time.perf_counter() - start
         prepared.reset()
         prepared.run()
-        start = time.perf_counter()
-        prepared.run()
-    seconds = time.perf_counter() - start
-    answer = {"compile": compile_seconds, "once": seconds, "work": prepared.work, "notes": prepared.notes}
+        seconds, peak = peak_of(lambda: _seconds(prepared.run))
+    answer = {"compile": compile_seconds, "once": seconds, "work": prepared.work, "notes": prepared.notes, "peak": peak}
     return prepared, {**answer, "has_reference": prepared.reference is not None}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _reference(prepared: Prepared, request: dict[str, Any]) -> dict[str, Any]:
