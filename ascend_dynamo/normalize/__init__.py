@@ -15,20 +15,21 @@ from torch import fx
 
 from ascend_dynamo.contracts import GraphUnit, PassResult
 from ascend_dynamo.ir.effects import is_pure, node_effects
-from ascend_dynamo.normalize import casts, composites, fold, layout, reductions, scalars
+from ascend_dynamo.normalize import casts, composites, fold, layout, reductions, scalars, scatter
 from ascend_dynamo.normalize.memory import Memory
 from ascend_dynamo.normalize.schema import Signature, signature, trim
 from ascend_dynamo.normalize.work import Work
 
 RULES: Mapping[Any, layout.Rule] = {
     **layout.RULES,
+    **scatter.RULES,
     **casts.RULES,
     **scalars.RULES,
     **composites.RULES,
     **reductions.RULES,
 }
 # These always show all their arguments.
-_EXPLICIT = frozenset({torch.ops.aten.slice.Tensor, torch.ops.aten.cat.default})
+_EXPLICIT = frozenset({torch.ops.aten.slice.Tensor, torch.ops.aten.cat.default, torch.ops.aten.slice_scatter.default})
 
 __all__ = ["RULES", "normalize"]
 

@@ -66,6 +66,10 @@ def cut(w: Work, x: Value, dim: int, start: Size, length: Size, step: int = 1) -
         piece = _piece(x, dim, start, length)
         if piece is not None:
             return cut(w, piece[0], dim, piece[1], length)
+    if step == 1 and _target(x) is _aten.slice_scatter.default:
+        behind = _behind_write(x, dim, start, length)
+        if behind is not None:
+            return cut(w, behind[0], dim, behind[1], length)
     # The last step may reach past the end by less than a step: close at the axis' end then.
     end = start + length * step if step == 1 else _stepped_end(shape[dim], start, length, step)
     shape[dim] = length
@@ -131,6 +135,19 @@ def _piece(x: Value, dim: int, start: Size, length: Size) -> tuple[Value, int] |
         if offset <= start and start + length <= offset + size:
             return operand, start - offset
         offset += size
+    return None
+
+
+def _behind_write(x: Value, dim: int, start: Size, length: Size) -> tuple[Value, Size] | None:
+    """What holds the range of a ``slice_scatter``, and the range's start in it: all of what was written, or none."""
+    base, piece, axis, begin, _, step = _args(x)
+    if axis != dim or step != 1:
+        return None
+    begin, count = _size(begin), shape_of(piece)[dim]
+    if known(begin <= start) and known(start + length <= begin + count):
+        return piece, start - begin
+    if known(start + length <= begin) or known(begin + count <= start):
+        return base, start
     return None
 
 

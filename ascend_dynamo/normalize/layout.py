@@ -79,7 +79,7 @@ def _slice(w: Work, n: fx.Node) -> Value | None:
     x, dim, start, end, step = bind(n)
     shape, out = shape_of(x), n.meta["val"].shape
     dim %= len(shape)
-    begin = _from_front(0 if start is None else size_of(start), shape[dim])
+    begin = from_front(0 if start is None else size_of(start), shape[dim])
     if begin is None or type(step) is not int:
         # Where the slice begins is not known: only write the arguments out.
         last = w.size(shape[dim]) if end is None or (type(end) is int and end >= _END) else end
@@ -90,7 +90,7 @@ def _slice(w: Work, n: fx.Node) -> Value | None:
     return cut(w, x, dim, begin, out[dim], step)
 
 
-def _from_front(index: Size, size: Size) -> Size | None:
+def from_front(index: Size, size: Size) -> Size | None:
     """A possibly negative index counted from the front; None if its sign is not known."""
     if known(index >= 0):
         return index
@@ -104,7 +104,7 @@ def _select(w: Work, n: fx.Node) -> Value | None:
     x, dim, index = bind(n)[:3]
     shape = shape_of(x)
     dim %= len(shape)
-    start = _from_front(size_of(index), shape[dim])
+    start = from_front(size_of(index), shape[dim])
     if start is None:
         return None
     return reshape(w, cut(w, x, dim, start, 1), n.meta["val"].shape)
@@ -116,7 +116,7 @@ def _narrow(w: Work, n: fx.Node) -> Value | None:
     dim %= len(shape)
     if isinstance(size_of(start), torch.Tensor):
         return None
-    begin = _from_front(size_of(start), shape[dim])
+    begin = from_front(size_of(start), shape[dim])
     return None if begin is None else cut(w, x, dim, begin, size_of(length))
 
 
@@ -163,12 +163,6 @@ def _repeat(w: Work, n: fx.Node) -> Value | None:
     apart = [s for size in shape for s in (1, size)]
     copies = [s for t, size in zip(times, shape, strict=True) for s in (t, size)]
     return reshape(w, expand(w, reshape(w, x, apart), copies), n.meta["val"].shape)
-
-
-def _slice_scatter(w: Work, n: fx.Node) -> Value | None:
-    into, piece = bind(n)[:2]
-    whole = same_shape(shape_of(into), shape_of(piece)) and dtype_of(into) == dtype_of(piece)
-    return piece if whole else None
 
 
 def _pad(w: Work, n: fx.Node) -> Value | None:
@@ -238,6 +232,5 @@ RULES: Mapping[Any, Rule] = {
     _aten.concat.default: _cat,
     _aten.stack.default: _stack,
     _aten.repeat.default: _repeat,
-    _aten.slice_scatter.default: _slice_scatter,
     _aten.constant_pad_nd.default: _pad,
 }

@@ -93,6 +93,11 @@ def _unary(rng: random.Random, x: torch.Tensor) -> Callable[[torch.Tensor], torc
         "movedim": lambda t: t.movedim(d, e),
         "scatter_all": lambda t: torch.slice_scatter(t, t + 1, 0),
         "scatter": (lambda t: torch.slice_scatter(t, t[..., :1] * 2, -1, 0, 1)) if last else None,
+        "scatter_row": (lambda t: torch.select_scatter(t, t[..., k] * 2, -1, k)) if last and rank > 1 else None,
+        "filled": (lambda t: _filled(t, k)) if last else None,
+        "filled_over": (lambda t: _filled(t, k, again=True)) if last else None,
+        "filled_rows": (lambda t: _filled(t.transpose(0, -1), 1).transpose(0, -1)) if rank >= 2 and last else None,
+        "written": (lambda t: _written(t, k)) if last else None,
         "alpha": (lambda t: torch.add(t.clamp(-9, 9), t.clamp(-9, 9), alpha=2)) if floating else None,
         "gram": (lambda t: t.float().clamp(-2, 2) @ t.float().clamp(-2, 2).transpose(-1, -2)) if rank >= 2 else None,
         "linear": (lambda t: F.linear(t.float().clamp(-2, 2), torch.ones(3, last))) if last and rank > 1 else None,
@@ -101,6 +106,24 @@ def _unary(rng: random.Random, x: torch.Tensor) -> Callable[[torch.Tensor], torc
     }
     steps = [fn for fn in table.values() if fn is not None]
     return rng.choice(steps) if rank else rng.choice([lambda t: t + 0, lambda t: t * 1, lambda t: t.clone()])
+
+
+def _filled(x: torch.Tensor, k: int, *, again: bool = False) -> torch.Tensor:
+    """A new tensor, written piece by piece along its last axis, the last piece first; ``again``: some of it twice."""
+    y = x.new_empty(x.shape)
+    if again:
+        y[..., :k] = 3
+        y[..., k:] = x[..., :1]
+    y[..., k:] = x[..., k:] * 2
+    y[..., :k] = x.double()[..., :k]
+    return y
+
+
+def _written(x: torch.Tensor, k: int) -> torch.Tensor:
+    """A copy of which a part is written and then read, beside a part that is not."""
+    y = x.clone()
+    y[..., k : k + 2] = x[..., k : k + 2] + 1
+    return torch.cat((y[..., k : k + 1], y[..., k + 2 :], y[..., :k], y[..., k + 1 : k + 2]), -1)
 
 
 def program(
