@@ -77,6 +77,19 @@ class Facts(Protocol):
         """The value of a node that nobody can write (a folded constant), else None."""
         ...
 
+    def numbers(self, n: fx.Node) -> tuple[Any, ...] | None:
+        """The elements of ``const(n)`` as Python numbers in row-major order, where they are few (64), else None."""
+        ...
+
+    def size(self, s: Any) -> Any:
+        """A size (int, SymInt, or a node of one) as an int or a sympy expression: for arithmetic; ask ``known``."""
+        ...
+
+    @property
+    def memo(self) -> dict[Any, Any]:
+        """What recognisers remember about this graph; nothing that a rewrite of values by equal ones can falsify."""
+        ...
+
     def is_param(self, n: fx.Node) -> bool:
         """True for a placeholder that is a parameter or a buffer of the model (a static input)."""
         ...

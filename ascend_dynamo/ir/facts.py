@@ -14,6 +14,7 @@ from ascend_dynamo.ir.fakes import FakeCache, fake_mode_of
 from ascend_dynamo.runtime.weights import why_not_mergeable
 
 _aten = torch.ops.aten
+FEW = 64  # elements of a constant that patterns may read one by one; normalisation folds no larger ones
 PROLOGUE = "ascend_prologue"  # meta key of a placeholder computed by the prologue: (transform, names of its params)
 
 
@@ -32,6 +33,7 @@ class GraphFacts:
         self.fake_mode = fake_mode_of(gm)
         self.fakes = FakeCache(self.fake_mode)
         self.templates: dict[Any, Any] = {}  # rewrites traced once (see GraphBuilder.trace)
+        self.memo: dict[Any, Any] = {}  # what recognisers have proven about values of this graph
         self._shape_env = compat.shape_env_of(self.fake_mode)
         self._sizes: sym.SymEmitter | None = None
         self._effectful: list[fx.Node] | None = None
@@ -62,6 +64,19 @@ class GraphFacts:
         if n.target in (_aten.full.default, _aten.scalar_tensor.default):
             return _filled(n)
         return None
+
+    def numbers(self, n: fx.Node) -> tuple[Any, ...] | None:
+        val = n.meta.get("val")
+        if not isinstance(val, torch.Tensor) or not all(type(s) is int for s in val.shape) or val.numel() > FEW:
+            return None
+        value = self.const(n)
+        if value is None or compat.is_fake(value) or value.layout != torch.strided:
+            return None
+        with compat.no_dispatch_modes():
+            return tuple(value.detach().cpu().flatten().tolist())
+
+    def size(self, s: Any) -> Any:
+        return sym.expr(s)
 
     def is_param(self, n: fx.Node) -> bool:
         return n.op == "placeholder" and (n.name in self.params or n.target in self.params)
