@@ -36,6 +36,8 @@ class RmsNorm(ProceduralPattern):
     level: Level = 1
     benefit = 4
     anchors: tuple[Any, ...] = (aten.rsqrt.default,)
+    reads = (aten.mul.Tensor, aten.add.Tensor, aten.mean.dim, aten.sum.dim_IntList, convert)
+    depth = 5
     domain = Domain(shapes={"x": ("*B", "H"), "w": ("H",)})
     eager: tuple[Any, ...] = spellings.EXACT
     emits = frozenset({"ascend.rms_norm"})

@@ -58,6 +58,8 @@ class Rotary(ProceduralPattern):
     level = 1
     benefit = 4
     anchors = (aten.add.Tensor,)
+    reads = (aten.mul.Tensor, aten.cat.default, aten.neg.default)
+    depth = 5
     domain = Domain(shapes={"x": ("B", "N", "S", "2*K"), "cos": ("B", "S", "2*K"), "sin": ("B", "S", "2*K")})
     eager = (half, half_chunks, every_two)
     emits = frozenset({"ascend.rotary"})

@@ -50,6 +50,8 @@ class RotaryHalves(ProceduralPattern):
     level = 1
     benefit = 4
     anchors = (aten.cat.default, aten.reshape.default)
+    reads = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.cat.default)
+    depth = 5
     domain = Domain(shapes={"x": ("B", "N", "S", "2*K"), "c": ("B", "S", "K"), "s": ("B", "S", "K")})
     eager = (halves, reads_interleaved, interleaved)
     emits = frozenset({"ascend.rotary"})

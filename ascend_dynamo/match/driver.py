@@ -116,6 +116,14 @@ class _Run:
         for entry in self.index.candidates(node):
             self.enqueue(node, entry)
 
+    def retry(self, node: fx.Node, distance: int, ops: frozenset[int]) -> None:
+        """Queue what a call of ``ops``, ``distance`` above, may let match at ``node``."""
+        if id(node.target) not in self.index.anchors:
+            return
+        for entry in self.index.candidates(node):
+            if entry.may_see(distance, ops):
+                self.enqueue(node, entry)
+
     def enqueue(self, node: fx.Node, entry: Entry) -> None:
         key = (node, entry)
         if key not in self.queued:
@@ -199,10 +207,11 @@ class _Run:
         self.fresh.extend(new)
         for node in new:
             self.push(node)
+            ops = frozenset((id(node.target),))
             for user in node.users:
-                self.push(user)
+                self.retry(user, 1, ops)
                 for second in user.users:
-                    self.push(second)
+                    self.retry(second, 2, ops)
         for source in sources:
             for node, entry in self.watch.pop(source, ()):
                 self.enqueue(node, entry)
@@ -213,13 +222,10 @@ class _Run:
         ops = frozenset(id(n.target) for n in ring)
         self.fresh.clear()
         seen: set[fx.Node] = set(ring)
-        for distance in range(self.index.depth):
+        for distance in range(self.index.reach(ops)):
             upper: list[fx.Node] = []
             for node in ring:
-                if id(node.target) in self.index.anchors:
-                    for entry in self.index.candidates(node):
-                        if entry.may_see(distance, ops):
-                            self.enqueue(node, entry)
+                self.retry(node, distance, ops)
                 for user in node.users:
                     if user not in seen:
                         seen.add(user)

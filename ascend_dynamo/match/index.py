@@ -14,14 +14,15 @@ from torch import fx
 
 from ascend_dynamo.match.terms import Alternative
 
-DEPTH = 12  # of procedural patterns that do not say
+DEPTH = 12  # of procedural patterns that do not say how far they read
 Path = tuple[int, ...]  # ids of operators; overloads live as long as the process
 
 
 class Entry:
     """One thing to try: a pattern with one of its alternatives (None: a procedural pattern); lower ``rank`` first.
 
-    ``height`` is how far below its anchor a match can reach, ``ops`` the operators that it contains (None: unknown).
+    ``height`` is how far below its anchor a match can reach, ``ops`` the operators whose appearance can make a refused
+    site match: those that it contains (None: any).
     """
 
     __slots__ = ("alternative", "height", "ops", "pattern", "rank")
@@ -30,9 +31,13 @@ class Entry:
         self.rank = rank
         self.pattern = pattern
         self.alternative = alternative
-        known = alternative is not None
-        self.height: int = alternative.height if known else getattr(pattern, "depth", DEPTH)  # type: ignore[union-attr]
-        self.ops: frozenset[int] | None = alternative.ops if known else None  # type: ignore[union-attr]
+        self.height: int
+        self.ops: frozenset[int] | None
+        if alternative is not None:
+            self.height, self.ops = alternative.height, alternative.ops
+        else:
+            self.height = getattr(pattern, "depth", DEPTH)
+            self.ops = frozenset(map(id, getattr(pattern, "reads", ()))) or None
 
     def may_see(self, distance: int, ops: frozenset[int]) -> bool:
         """Whether new calls of ``ops``, ``distance`` below a node, can make this match there."""
@@ -40,17 +45,17 @@ class Entry:
 
 
 class Index:
-    """``candidates(node)`` lists the entries to try at a node; ``depth`` is the greatest height of an entry."""
+    """``candidates(node)`` lists the entries to try at a node."""
 
     def __init__(self, entries: Iterable[Entry], counts: Counter[int]) -> None:
         self._flat: dict[int, list[Entry]] = {}
         self._two: dict[Path, list[Entry]] = {}
         self._three: dict[Path, list[Entry]] = {}
         self._deep: set[int] = set()
+        self._entries: list[Entry] = []
         self.anchors: set[int] = set()  # ids of the operators at which something can end
-        self.depth = 1
         for entry in entries:
-            self.depth = max(self.depth, entry.height)
+            self._entries.append(entry)
             if entry.alternative is None:
                 for op in entry.pattern.anchors:
                     self.anchors.add(id(op))
@@ -64,6 +69,10 @@ class Index:
                 self._deep.add(path[0])
                 table = self._two if len(path) == 2 else self._three
                 table.setdefault(path, []).append(entry)
+
+    def reach(self, ops: frozenset[int]) -> int:
+        """How far above new calls of ``ops`` a site may be that they make match."""
+        return max((e.height for e in self._entries if e.may_see(0, ops)), default=0)
 
     def candidates(self, node: fx.Node) -> list[Entry]:
         """Entries whose path the node has, each once, in no particular order."""
