@@ -42,9 +42,10 @@ class BasePattern:
 class ProceduralPattern(BasePattern):
     """A recogniser written by hand. Subclass it, set the attributes, implement ``match`` and ``rewrite``.
 
-    ``anchors`` are the overloads at which ``match`` is tried. Once refused, a site is tried again when a rewrite has put
-    a call of one of ``reads`` (empty: of any operator) up to ``depth`` calls above it. ``eager`` holds spellings in plain torch, the oracle of
-    the fuzzer, and ``fuzz_inputs`` draws arguments for them. Both methods are pure: the driver commits and verifies.
+    ``anchors`` are the overloads at which ``match`` is tried. Once refused, a site is tried again when a rewrite has
+    put a call of one of ``reads`` (empty: of any operator) up to ``depth`` calls above it. ``eager`` holds spellings
+    in plain torch, the oracle of the fuzzer, and ``fuzz_inputs`` draws arguments for them. Both methods are pure: the
+    driver commits and verifies.
     """
 
     reads: tuple[Any, ...] = ()
