@@ -56,15 +56,61 @@ def test_biases_merge_with_the_weights():
     assert_same(fn, args, result)
 
 
-def test_a_linear_without_bias_stays_alone():
-    def fn(x, q, k, v, a, b):  # Whisper: the key has no bias
-        return F.linear(x, q, a) + 1, F.linear(x, k) + 1, F.linear(x, v, b) + 1
+def whisper(x, q, k, v, a, b):
+    return F.linear(x, q, a) + 1, F.linear(x, k) + 1, F.linear(x, v, b) + 1
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_without_bias_go_with_queries_and_values_of_their_shape(dtype):
+    args = (torch.randn(X, dtype=dtype), *weights(16, 16, 16, dtype=dtype), *torch.randn(2, 16, dtype=dtype))
+    result = fuse(whisper, args, "merge_linears", params=(1, 2, 3, 4, 5))
+    assert result.fired == ["merge_linears"] and result.ops("aten.linear") == 1
+    assert_same(whisper, args, result)
+
+
+def test_one_bias_alone_is_padded_without_a_copy():
+    def fn(x, k, v, b):
+        return F.linear(x, k) + 1, F.linear(x, v, b) + 1
+
+    args = (torch.randn(X), *weights(16, 16), torch.randn(16))
+    result = fuse(fn, args, "merge_linears", params=(1, 2, 3))
+    assert result.fired == ["merge_linears"] and result.after.count("prologue concat0") == 1
+    assert_same(fn, args, result)
+
+
+def test_snapshot_of_a_missing_bias():
     args = (torch.randn(X), *weights(16, 16, 16), torch.randn(16), torch.randn(16))
+    snapshot("merge_linears_bias", fuse(whisper, args, "merge_linears", params=(1, 2, 3, 4, 5)))
+
+
+def test_a_linear_of_another_shape_without_bias_stays_alone():
+    def fn(x, q, v, wide, a, b):  # a parallel MLP beside the attention
+        return F.linear(x, q, a) + 1, F.linear(x, v, b) + 1, F.linear(x, wide) + 1
+
+    args = (torch.randn(X), *weights(16, 16, 64), torch.randn(16), torch.randn(16))
     result = fuse(fn, args, "merge_linears", params=(1, 2, 3, 4, 5))
     assert result.fired == ["merge_linears"] and result.ops("aten.linear") == 2
-    missed = result.missed("merge_linears")
-    assert missed.code in ("arg", "op")
+    assert result.missed("merge_linears").code in ("arg", "op")
+    assert_same(fn, args, result)
+
+
+def test_linears_without_bias_merge_beside_a_wide_one_with_a_bias():
+    def fn(x, q, k, v, wide, b):  # GPT-J
+        return F.linear(x, q) + 1, F.linear(x, k) + 1, F.linear(x, v) + 1, F.linear(x, wide, b) + 1
+
+    args = (torch.randn(X), *weights(16, 16, 16, 64), torch.randn(64))
+    result = fuse(fn, args, "merge_linears", params=(1, 2, 3, 4, 5))
+    assert result.fired == ["merge_linears"] and result.ops("aten.linear") == 2
+    assert_same(fn, args, result)
+
+
+def test_biases_of_two_dtypes_stay_apart():
+    def fn(x, k, q, v, a, b):  # the first has no bias, and could go with either
+        return F.linear(x, k) + 1, F.linear(x, q, a) + 1, F.linear(x, v, b.to(x.dtype)) + 1
+
+    args = (torch.randn(X), *weights(16, 16, 16), torch.randn(16), torch.randn(16, dtype=torch.bfloat16))
+    result = fuse(fn, args, "merge_linears", params=(1, 2, 3, 4, 5))
+    assert result.ops("aten.linear") == 2
     assert_same(fn, args, result)
 
 
