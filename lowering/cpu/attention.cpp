@@ -4,67 +4,18 @@
 // queries. So softmax is elementwise over vectors (no sums across lanes), and its result, made words along the keys,
 // already is the packed operand of the second product, against which words of v are broadcast. All query heads that
 // share a key head are rows of one problem: grouped heads need no repeated k and v, and one decode step fills lanes.
+#include <memory>
+
 #include "scores.h"
-#include "tile.h"
+#include "values.h"
 
 namespace ascend_cpu {
 namespace {
 
 constexpr int64_t kKeys = 128;  // keys of one block
 constexpr int kMaxRows = kTileUnits * kUnit;
-// Words of values along the keys, [word][dv rounded up to 16]; keys beyond count and columns beyond dv are zero.
-void pack_values(const bf16* v, int64_t stride, int64_t count, int64_t dv, int64_t width, bf16* to) {
-  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t j = 0; j < count; j += 2)
-    for (int64_t i = 0; i < width; i += 32) {
-      const __mmask32 mask = i < dv ? mask32(dv - i) : 0;
-      const __m512i a = _mm512_maskz_loadu_epi16(mask, v + j * stride + i);
-      const __m512i b = j + 1 < count ? _mm512_maskz_loadu_epi16(mask, v + (j + 1) * stride + i)
-                                      : _mm512_setzero_si512();
-      bf16* at = to + j * width + 2 * i;
-      _mm512_store_si512(at, _mm512_permutex2var_epi16(a, low, b));
-      if (i + 16 < width) _mm512_store_si512(at + 32, _mm512_permutex2var_epi16(a, high, b));
-    }
-}
-
-void pack_values(const float* v, int64_t stride, int64_t count, int64_t dv, int64_t width, float* to) {
-  for (int64_t j = 0; j < count; ++j)
-    for (int64_t i = 0; i < width; i += 16)
-      _mm512_store_ps(to + j * width + i, load(v + j * stride + i, i < dv ? mask16(dv - i) : 0));
-}
-
-// o[d][unit] = o * alpha + sum over words of v[word][d] * p[word][unit], for 8 values of d.
-template <class T, int MV>
-void values_tile(const T* v, int64_t width, const T* p, int64_t words, const __m512* alpha, float* o) {
-  __m512 acc[kTileRows][MV];
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 3
-    for (int u = 0; u < MV; ++u)
-      acc[r][u] = _mm512_mul_ps(_mm512_load_ps(o + (r * kTileUnits + u) * kUnit), alpha[u]);
-  for (int64_t j = 0; j < words; ++j) {
-    __m512i x[MV];
-#pragma GCC unroll 3
-    for (int u = 0; u < MV; ++u) x[u] = load_words(p + (j * kTileUnits + u) * kUnit * kPer<T>);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-      const __m512i b = _mm512_set1_epi32(word_at(v + (j * width + r) * kPer<T>));
-#pragma GCC unroll 3
-      for (int u = 0; u < MV; ++u) acc[r][u] = multiply_add<T>(acc[r][u], x[u], b);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 3
-    for (int u = 0; u < MV; ++u) _mm512_store_ps(o + (r * kTileUnits + u) * kUnit, acc[r][u]);
-}
-
-template <class T>
-using ValuesTile = void (*)(const T*, int64_t, const T*, int64_t, const __m512*, float*);
-template <class T>
-constexpr ValuesTile<T> kValuesTiles[kTileUnits] = {values_tile<T, 1>, values_tile<T, 2>, values_tile<T, 3>};
+constexpr int64_t kItems = 64;        // pieces of work that keep many threads busy, if the keys can be split that far
+constexpr int64_t kSplitKeys = 512;   // fewest keys of one piece
 
 // Where the rows of one unit are.
 struct Unit {
@@ -198,45 +149,53 @@ struct Queries;
 struct Values;
 struct Sums;
 
+// What a pass over some of the keys leaves behind: the largest score of each row, the sum of its weights, and the
+// weighted sum of values, [dv rounded up to 16][kMaxRows].
+struct State {
+  __m512 top[kTileUnits], total[kTileUnits];
+  float* o;
+};
+
+// Attention of the rows of one item to keys [from, to). The sinks count with the first keys.
 template <class T>
-void attend(const Item& it) {
+void attend(const Item& it, const Unit* unit, int64_t from, int64_t to, State& state) {
   const Attention& p = it.p;
   const int64_t units = (it.rows + kUnit - 1) / kUnit, width = (p.dv + 15) / 16 * 16;
   const int64_t unit_stride = unit_size<T>(p.d);
   T* packed = static_cast<T*>(scratch<Queries>(units * unit_stride * sizeof(T)));
   T* values = it.packed_values ? nullptr : static_cast<T*>(scratch<Values>(kKeys * width * sizeof(T)));
-  float* o = static_cast<float*>(scratch<Sums>(width * kMaxRows * sizeof(float)));
-  std::fill(o, o + width * kMaxRows, 0.f);
+  __m512 *top = state.top, *total = state.total, alpha[kTileUnits];
+  for (int64_t d = 0; d < width; ++d) std::fill_n(state.o + d * kMaxRows, units * kUnit, 0.f);
   alignas(64) float s[kKeys * kMaxRows];
   alignas(64) T weights[kKeys * kMaxRows];
 
-  Unit unit[kTileUnits];
-  __m512 top[kTileUnits], total[kTileUnits], alpha[kTileUnits];
+  const bool sinks = p.sinks && from == 0;
   int64_t end = 0, begin = p.sk, always_end = p.sk, always_begin = 0;
   for (int64_t u = 0; u < units; ++u) {
-    unit[u] = locate(it, u);
     const T* rows[kUnit];
     alignas(64) float sink[kUnit];
     for (int64_t i = 0; i < kUnit; ++i) {
       rows[i] = static_cast<const T*>(p.q) + it.b * p.q_stride[0] + unit[u].head[i] * p.q_stride[1] +
                 unit[u].query[i] * p.q_stride[2];
-      sink[i] = p.sinks ? p.sinks[unit[u].head[i]] * kLog2e : -kInf;
+      sink[i] = sinks ? p.sinks[unit[u].head[i]] * kLog2e : -kInf;
     }
     pack_unit(rows, p.d, packed + u * unit_stride);
     top[u] = _mm512_load_ps(sink);
-    total[u] = _mm512_set1_ps(p.sinks ? 1.f : 0.f);
+    total[u] = _mm512_set1_ps(sinks ? 1.f : 0.f);
     // Keys [begin, end) are seen by some lane, keys [always_begin, always_end) by all.
     end = std::max(end, std::min(p.sk, unit[u].last + p.last + 1));
     always_end = std::min(always_end, unit[u].first + p.last + 1);
     begin = std::min(begin, std::max<int64_t>(0, unit[u].first + p.last - p.window + 1));
     always_begin = std::max(always_begin, unit[u].last + p.last - p.window + 1);
   }
+  begin = std::max(begin / kKeys * kKeys, from);
+  end = std::min(end, to);
 
   const __m512 scale = _mm512_set1_ps(p.scale * kLog2e), one = _mm512_set1_ps(1.f);
   const T* k = static_cast<const T*>(p.k) + it.b * p.k_stride[0] + it.head * p.k_stride[1];
   const T* v = static_cast<const T*>(p.v) + it.b * p.v_stride[0] + it.head * p.v_stride[1];
   const bool biased = p.bias || p.mask;
-  for (int64_t j0 = begin / kKeys * kKeys; j0 < end; j0 += kKeys) {
+  for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
     const int64_t count = std::min(kKeys, end - j0), words = (count + kPer<T> - 1) / kPer<T>;
     bool hidden = biased, open = true;
     for (int64_t u = 0; biased && u < units; ++u) {
@@ -275,20 +234,44 @@ void attend(const Item& it) {
     else
       pack_values(v + j0 * p.v_stride[2], p.v_stride[2], count, p.dv, width, values);
     for (int64_t d = 0; d < p.dv; d += kTileRows)
-      kValuesTiles<T>[units - 1](block + kPer<T> * d, width, weights, words, alpha, o + d * kMaxRows);
+      kValuesTiles<T>[units - 1](block + kPer<T> * d, width, weights, words, alpha, state.o + d * kMaxRows);
   }
+}
 
+// Adds the second state to the first.
+void merge(State& a, const State& b, int64_t units, int64_t dv) {
   for (int64_t u = 0; u < units; ++u) {
-    const __mmask16 empty = _mm512_cmp_ps_mask(total[u], _mm512_setzero_ps(), _CMP_EQ_OQ);
-    const __m512 inverse = _mm512_div_ps(one, total[u]);
+    const __m512 top = _mm512_max_ps(a.top[u], b.top[u]);
+    const __mmask16 none = _mm512_cmp_ps_mask(top, _mm512_set1_ps(-kInf), _CMP_EQ_OQ);
+    const __m512 base = _mm512_mask_mov_ps(top, none, _mm512_setzero_ps());
+    const __m512 x = exp2_ps(_mm512_sub_ps(a.top[u], base)), y = exp2_ps(_mm512_sub_ps(b.top[u], base));
+    const auto sum = [&](__m512 v, __m512 w) { return _mm512_fmadd_ps(w, y, _mm512_mul_ps(v, x)); };
+    a.top[u] = top;
+    a.total[u] = sum(a.total[u], b.total[u]);
+    for (int64_t d = 0; d < dv; ++d) {
+      float* to = a.o + d * kMaxRows + u * kUnit;
+      _mm512_store_ps(to, sum(_mm512_load_ps(to), _mm512_load_ps(b.o + d * kMaxRows + u * kUnit)));
+    }
+  }
+}
+
+// Writes the rows of the result.
+template <class T>
+void finish(const Item& it, const Unit* unit, const State& state) {
+  const Attention& p = it.p;
+  for (int64_t u = 0; u < (it.rows + kUnit - 1) / kUnit; ++u) {
+    const __mmask16 empty = _mm512_cmp_ps_mask(state.total[u], _mm512_setzero_ps(), _CMP_EQ_OQ);
+    const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.f), state.total[u]);
+    const int64_t rows = std::min<int64_t>(kUnit, it.rows - u * kUnit);
+    for (int64_t i = 0; empty && p.empty_rows && i < rows; ++i)
+      if (empty >> i & 1) p.empty_rows[(it.b * p.hq + unit[u].head[i]) * p.sq + unit[u].query[i]] = true;
     for (int64_t d = 0; d < p.dv; d += 16) {
       __m512i r[16];
       for (int i = 0; i < 16; ++i) {
-        const __m512 sum = _mm512_mul_ps(_mm512_load_ps(o + (d + i) * kMaxRows + u * kUnit), inverse);
+        const __m512 sum = _mm512_mul_ps(_mm512_load_ps(state.o + (d + i) * kMaxRows + u * kUnit), inverse);
         r[i] = _mm512_castps_si512(_mm512_mask_mov_ps(sum, empty, _mm512_set1_ps(p.empty)));
       }
       transpose16(r);
-      const int64_t rows = std::min<int64_t>(kUnit, it.rows - u * kUnit);
       for (int64_t i = 0; i < rows; ++i)
         store(static_cast<T*>(p.y) + it.b * p.y_stride[0] + unit[u].head[i] * p.y_stride[1] +
                   unit[u].query[i] * p.y_stride[2] + d,
@@ -297,31 +280,62 @@ void attend(const Item& it) {
   }
 }
 
-struct AllValues;
-
 template <class T>
 void attention(const Attention& p) {
   const int64_t rows = p.hq / p.hk * p.sq, units = (rows + kUnit - 1) / kUnit;
-  const int64_t panels = (units + kTileUnits - 1) / kTileUnits, heads = p.batch * p.hk;
+  const int64_t panels = (units + kTileUnits - 1) / kTileUnits, heads = p.batch * p.hk, items = heads * panels;
   const int64_t width = (p.dv + 15) / 16 * 16, blocks = (p.sk + kKeys - 1) / kKeys;
   const int64_t head_size = (p.sk + kPer<T> - 1) / kPer<T> * kPer<T> * width;
-  T* values = nullptr;
-  if (panels > 1) {
-    values = static_cast<T*>(scratch<AllValues>(heads * head_size * sizeof(T)));
+  Buffer packed(panels > 1 ? heads * head_size * sizeof(T) : 0);
+  T* values = static_cast<T*>(packed.data());
+  if (values)
     parallel(heads * blocks, [&](int64_t i) {
       const int64_t b = i / blocks / p.hk, h = i / blocks % p.hk, j = i % blocks * kKeys;
       const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + h * p.v_stride[1] + j * p.v_stride[2];
       T* to = values + i / blocks * head_size + j * width;
       pack_values(v, p.v_stride[2], std::min(kKeys, p.sk - j), p.dv, width, to);
     });
-  }
-  // Heads stay together for the cache; under a causal mask the last rows are the longest, so they go first.
-  parallel(heads * panels, [&](int64_t i) {
+
+  // Few rows over many keys: the keys are split too. By shape alone, so that every number of threads rounds alike.
+  const int64_t most = std::min(kItems / items, (p.sk + kSplitKeys - 1) / kSplitKeys);
+  const int64_t step = most > 1 ? ((p.sk + most - 1) / most + kKeys - 1) / kKeys * kKeys : p.sk;
+  const int64_t splits = (p.sk + step - 1) / step, size = width * kMaxRows;
+  const auto item = [&](int64_t i) {
+    // Heads stay together for the cache; under a causal mask the last rows are the longest, so they go first.
     const int64_t head = i / panels, panel = panels - 1 - i % panels;
     const int64_t u0 = units * panel / panels, u1 = units * (panel + 1) / panels;
-    attend<T>({p, head / p.hk, head % p.hk, u0 * kUnit, std::min(rows, u1 * kUnit) - u0 * kUnit,
-               values ? values + head * head_size : nullptr});
+    return Item{p, head / p.hk, head % p.hk, u0 * kUnit, std::min(rows, u1 * kUnit) - u0 * kUnit,
+                values ? values + head * head_size : nullptr};
+  };
+  const auto locate_all = [](const Item& it, Unit (&unit)[kTileUnits]) {
+    for (int64_t u = 0; u < (it.rows + kUnit - 1) / kUnit; ++u) unit[u] = locate(it, u);
+  };
+  Buffer partial(splits > 1 ? items * splits * size * sizeof(float) : 0);
+  std::unique_ptr<State[]> states(splits > 1 ? new State[items * splits] : nullptr);
+  parallel(items * splits, [&](int64_t i) {
+    const Item it = item(i / splits);
+    Unit unit[kTileUnits];
+    locate_all(it, unit);
+    if (splits > 1) {
+      State& state = states[i];
+      state.o = static_cast<float*>(partial.data()) + i * size;
+      attend<T>(it, unit, i % splits * step, std::min(p.sk, (i % splits + 1) * step), state);
+    } else {
+      State state;
+      state.o = static_cast<float*>(scratch<Sums>(size * sizeof(float)));
+      attend<T>(it, unit, 0, p.sk, state);
+      finish<T>(it, unit, state);
+    }
   });
+  if (splits > 1)
+    parallel(items, [&](int64_t i) {
+      const Item it = item(i);
+      Unit unit[kTileUnits];
+      locate_all(it, unit);
+      State& sum = states[i * splits];
+      for (int64_t j = 1; j < splits; ++j) merge(sum, states[i * splits + j], (it.rows + kUnit - 1) / kUnit, p.dv);
+      finish<T>(it, unit, sum);
+    });
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno
 # The kernels carry their own instruction set and are entered only after asking the processor: the host's is moot.
 _X86_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma")
 _NEEDS_X86 = frozenset({"linear.cpp", "attention.cpp", "decode.cpp"})
-_NEEDS_TORCH = frozenset({"ops.cpp"})
+_NEEDS_TORCH = frozenset({"ops.cpp", "attention_ops.cpp"})
 
 
 def cache_dir() -> Path:

@@ -1,7 +1,10 @@
 // Attention of a few rows a key head (a decode step): keys and values are streamed once, at memory speed.
 //
-// Scores are kept as [key][4 rows], so that a vector is 4 keys of 4 rows. Long contexts are split into chunks of keys
-// that several threads share; their results are merged at the end, in the same order for any number of threads.
+// Scores are kept as [key][4 rows], so that a vector is 4 keys of 4 rows; more rows are done in groups of 4 while the
+// keys are in the cache. Long contexts are split into chunks of keys that several threads share; their results are
+// merged at the end, in the same order for any number of threads.
+#include <atomic>
+
 #include "dots.h"
 #include "scores.h"
 
@@ -10,7 +13,7 @@ namespace {
 
 constexpr int64_t kChunkKeys = 512;
 constexpr int kRows = kDotLanes;
-static_assert(kRows == kDecodeRows);
+static_assert(kDecodeRows % kRows == 0);
 
 struct Row {
   int64_t head, query, upto, after;  // sees the keys in (after, upto]
@@ -18,7 +21,7 @@ struct Row {
   const bool* mask;
 };
 
-// Of one chunk and key head, per row: the largest score, the sum of weights, the weighted sum of values.
+// Of one chunk and group of rows, per row: the largest score, the sum of weights, the weighted sum of values.
 struct Partial {
   float top[kRows], total[kRows];
 };
@@ -145,19 +148,40 @@ Partial softmax(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_
   return result;
 }
 
+// Whether no row of the group sees any of `keys` keys from j0 on. A finite bias hides too (its weights are exactly 0) if
+// `finite`, which takes for granted that every row sees a key with an ordinary score.
+bool hidden(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_t keys, bool finite) {
+  const __m512 limit = _mm512_set1_ps(finite ? -1e38f : -kInf);
+  for (int r = 0; r < kRows; ++r) {
+    const Row& row = rows[r];
+    const int64_t from = std::max(j0, row.after + 1), to = std::min(j0 + keys, row.upto + 1);
+    if (from >= to) continue;
+    if (!p.bias && !p.mask) return false;
+    if (r && row.bias == rows[r - 1].bias && row.mask == rows[r - 1].mask && row.query == rows[r - 1].query) continue;
+    for (int64_t j = from; j < to; j += 16) {
+      const __mmask16 live = mask16(to - j);
+      if (_mm512_mask_cmp_ps_mask(live, row_bias(p, row.bias, row.mask, j, live), limit, _CMP_NLE_UQ)) return false;
+    }
+  }
+  return true;
+}
+
 struct Queries;
 struct Sums;
 
+// False if it must be done again without `skip`: keys were skipped because of a finite bias, and a row turned out to
+// see no other.
 template <class T>
-void decode(const Attention& p) {
-  const int64_t group = p.hq / p.hk, count = group * p.sq, heads = p.batch * p.hk;
+bool decode(const Attention& p, bool skip) {
+  const int64_t per_key = p.hq / p.hk, count = per_key * p.sq, heads = p.batch * p.hk;
+  const int64_t groups = (count + kRows - 1) / kRows, each = (count + groups - 1) / groups;  // rows of a group
   const int64_t chunks = (p.sk + kChunkKeys - 1) / kChunkKeys, width = (p.dv + 15) / 16 * 16;
-  // Of each (head, chunk): the weighted sums of its rows, then its Partial.
+  // Of each (head, chunk, group): the weighted sums of its rows, then its Partial.
   const int64_t size = kRows * width + sizeof(Partial) / sizeof(float);
-  float* sums = static_cast<float*>(scratch<Sums>(heads * chunks * size * sizeof(float)));
+  float* sums = static_cast<float*>(scratch<Sums>(heads * chunks * groups * size * sizeof(float)));
 
   const auto row_at = [&](int64_t b, int64_t h, int64_t i) {
-    const int64_t head = h * group + i / p.sq, query = i % p.sq, bytes = p.bias_is_float ? 4 : 2;
+    const int64_t head = h * per_key + i / p.sq, query = i % p.sq, bytes = p.bias_is_float ? 4 : 2;
     Row row{head, query, query + p.last, query + p.last - p.window, nullptr, nullptr};
     if (p.bias)
       row.bias = static_cast<const char*>(p.bias) +
@@ -169,51 +193,70 @@ void decode(const Attention& p) {
   parallel(heads * chunks, [&](int64_t item) {
     const int64_t b = item / chunks / p.hk, h = item / chunks % p.hk, j0 = item % chunks * kChunkKeys;
     const int64_t keys = std::min(kChunkKeys, p.sk - j0);
-    T* packed = static_cast<T*>(scratch<Queries>(dots_size<T>(count, p.d) * sizeof(T)));
-    Row rows[kRows];
-    for (int64_t i = 0; i < kRows; ++i) rows[i] = row_at(b, h, std::min(i, count - 1));
-    for (int64_t i = 0; i < count; ++i)
-      pack_dots(static_cast<const T*>(p.q) + b * p.q_stride[0] + rows[i].head * p.q_stride[1] +
-                    rows[i].query * p.q_stride[2],
-                i, count, p.d, packed);
-    alignas(64) float s[(kChunkKeys + 16) * kRows];
-    alignas(64) int32_t words[(kChunkKeys + 16) * kRows];
     const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + h * p.k_stride[1] + j0 * p.k_stride[2];
     const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + h * p.v_stride[1] + j0 * p.v_stride[2];
-    kDotRows<T>[count - 1](k, p.k_stride[2], p.d, packed, keys, s);
-    std::fill(s + keys * kRows, s + (keys + 15) / 16 * 16 * kRows, 0.f);
-    float* o = sums + item * size;
-    *reinterpret_cast<Partial*>(o + kRows * width) = softmax<T>(p, rows, j0, keys, s, words);
-    kAllValues<T>[count - 1](v, p.v_stride[2], words, keys, p.dv, o, width);
+    T* packed = static_cast<T*>(scratch<Queries>(dots_size<T>(each, p.d) * sizeof(T)));
+    alignas(64) float s[(kChunkKeys + 16) * kRows];
+    alignas(64) int32_t words[(kChunkKeys + 16) * kRows];
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t mine = std::min(each, count - g * each);
+      Row rows[kRows];
+      for (int64_t i = 0; i < kRows; ++i) rows[i] = row_at(b, h, g * each + std::min(i, mine - 1));
+      float* o = sums + (item * groups + g) * size;
+      Partial& partial = *reinterpret_cast<Partial*>(o + kRows * width);
+      if (hidden(p, rows, j0, keys, skip)) {
+        std::fill(o, o + kRows * width, 0.f);
+        std::fill_n(partial.top, kRows, -kInf);
+        std::fill_n(partial.total, kRows, 0.f);
+        continue;
+      }
+      for (int64_t i = 0; i < mine; ++i)
+        pack_dots(static_cast<const T*>(p.q) + b * p.q_stride[0] + rows[i].head * p.q_stride[1] +
+                      rows[i].query * p.q_stride[2],
+                  i, mine, p.d, packed);
+      kDotRows<T>[mine - 1](k, p.k_stride[2], p.d, packed, keys, s);
+      std::fill(s + keys * kRows, s + (keys + 15) / 16 * 16 * kRows, 0.f);
+      partial = softmax<T>(p, rows, j0, keys, s, words);
+      kAllValues<T>[mine - 1](v, p.v_stride[2], words, keys, p.dv, o, width);
+    }
   });
 
-  for (int64_t item = 0; item < heads * count; ++item) {
-    const int64_t head = item / count, i = item % count, b = head / p.hk;
+  std::atomic<bool> good{true};
+  parallel(heads * count, [&](int64_t item) {
+    const int64_t head = item / count, i = item % count, b = head / p.hk, g = i / each, lane = i % each;
     const Row row = row_at(b, head % p.hk, i);
-    const float* mine = sums + head * chunks * size;
+    const auto sum_of = [&](int64_t c) { return sums + ((head * chunks + c) * groups + g) * size; };
     const auto partial = [&](int64_t c) -> const Partial& {
-      return *reinterpret_cast<const Partial*>(mine + c * size + kRows * width);
+      return *reinterpret_cast<const Partial*>(sum_of(c) + kRows * width);
     };
     const float sink = p.sinks ? p.sinks[row.head] * kLog2e : -kInf;
     float top = sink;
-    for (int64_t c = 0; c < chunks; ++c) top = std::max(top, partial(c).top[i]);
+    for (int64_t c = 0; c < chunks; ++c) top = std::max(top, partial(c).top[lane]);
+    if (skip && p.bias && !(top > -1e36f)) good = false;
     const float base = top == -kInf ? 0.f : top;
     __m512 total = exp2_ps(_mm512_set1_ps(sink - base));
     for (int64_t c = 0; c < chunks; ++c)
-      total = _mm512_fmadd_ps(exp2_ps(_mm512_set1_ps(partial(c).top[i] - base)), _mm512_set1_ps(partial(c).total[i]),
-                              total);
+      total = _mm512_fmadd_ps(exp2_ps(_mm512_set1_ps(partial(c).top[lane] - base)),
+                              _mm512_set1_ps(partial(c).total[lane]), total);
     const __mmask16 empty = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    if (empty && p.empty_rows) p.empty_rows[(b * p.hq + row.head) * p.sq + row.query] = true;
     const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.f), total);
     T* y = static_cast<T*>(p.y) + b * p.y_stride[0] + row.head * p.y_stride[1] + row.query * p.y_stride[2];
     for (int64_t d = 0; d < p.dv; d += 16) {
       __m512 v = _mm512_setzero_ps();
       for (int64_t c = 0; c < chunks; ++c)
-        v = _mm512_fmadd_ps(exp2_ps(_mm512_set1_ps(partial(c).top[i] - base)),
-                            _mm512_loadu_ps(mine + c * size + i * width + d), v);
+        v = _mm512_fmadd_ps(exp2_ps(_mm512_set1_ps(partial(c).top[lane] - base)),
+                            _mm512_loadu_ps(sum_of(c) + lane * width + d), v);
       v = _mm512_mask_mov_ps(_mm512_mul_ps(v, inverse), empty, _mm512_set1_ps(p.empty));
       store(y + d, v, mask16(p.dv - d));
     }
-  }
+  });
+  return good;
+}
+
+template <class T>
+void decode(const Attention& p) {
+  if (!decode<T>(p, p.bias != nullptr)) decode<T>(p, false);
 }
 
 }  // namespace

@@ -44,9 +44,10 @@ struct Attention {
   int64_t last;            // key j is visible to query i iff j <= i + last
   int64_t window;          // and j > i + last - window
   float empty;             // value of a row that sees no key
+  bool* empty_rows;        // [B, Hq, Sq], all false: set to true where a row sees no key; or null
 };
 
-constexpr int64_t kDecodeRows = 4;
+constexpr int64_t kDecodeRows = 8;
 
 // Runs body(i) for i in [0, count) on torch's threads; the order of the calls is unspecified.
 void parallel(int64_t count, const std::function<void(int64_t)>& body);

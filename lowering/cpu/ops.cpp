@@ -1,9 +1,6 @@
-// The operators, as torch sees them: checks, shapes, the choice between our kernels and ATen's.
+// Linear layers, as torch sees them: checks, shapes, the choice between our kernels and ATen's.
 #include <ATen/Parallel.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/linear.h>
@@ -11,17 +8,12 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
-#include <ATen/ops/softmax.h>
-#include <ATen/ops/tanh.h>
-#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <atomic>
-#include <limits>
-#include <optional>
 #include <string>
 
-#include "kernels.h"
+#include "ops.h"
 
 namespace ascend_cpu {
 
@@ -41,8 +33,6 @@ void parallel(int64_t count, const std::function<void(int64_t)>& body) {
 }
 
 namespace {
-
-using OptTensor = std::optional<at::Tensor>;
 
 // "[act][_mul]" or "add" or "swiglu": other is multiplied in after "_mul" (and "mul"), else added.
 struct Epilogue {
@@ -120,8 +110,6 @@ bool kernel_is_best(at::ScalarType dtype, int64_t rows) {
   return dtype == at::kBFloat16 && (isa() == Isa::avx512_bf16 || (isa() == Isa::amx_bf16 && rows <= 16));
 }
 
-Dtype dtype_of(const at::Tensor& t) { return t.scalar_type() == at::kFloat ? Dtype::f32 : Dtype::bf16; }
-
 at::Tensor linear_with(bool allow_kernel, const at::Tensor& x, const at::Tensor& w, const OptTensor& bias,
                        std::string_view text, const OptTensor& other) {
   const Epilogue e = parse(text, other.has_value());
@@ -173,100 +161,6 @@ at::Tensor linear_portable(const at::Tensor& x, const at::Tensor& w, const OptTe
   return linear_with(false, x, w, bias, epilogue, other);
 }
 
-// What a call of attention means, beyond its tensors.
-struct Scores {
-  float scale, softcap, empty;
-  int64_t last, window;  // as in Attention
-};
-
-Scores scores_of(const at::Tensor& q, const at::Tensor& k, double scale, std::string_view causal, int64_t window,
-                 double softcap, std::string_view empty_row) {
-  const int64_t sq = q.size(2), sk = k.size(2), all = sq + sk;
-  TORCH_CHECK_VALUE(causal == "none" || causal == "top_left" || causal == "bottom_right",
-                    "ascend_cpu::flash_attention: causal must be none, top_left or bottom_right, got '", causal, "'");
-  TORCH_CHECK_VALUE(empty_row == "nan" || empty_row == "zero",
-                    "ascend_cpu::flash_attention: empty_row must be nan or zero, got '", empty_row, "'");
-  TORCH_CHECK_VALUE(window < 0 || causal != "none", "ascend_cpu::flash_attention: a window needs causal");
-  return {static_cast<float>(scale), static_cast<float>(softcap),
-          empty_row == "zero" ? 0.f : std::numeric_limits<float>::quiet_NaN(),
-          causal == "none" ? all : causal == "top_left" ? 0 : sk - sq, window < 0 ? 2 * all + 1 : window};
-}
-
-at::Tensor attention_portable(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptTensor& bias,
-                              const OptTensor& mask, const OptTensor& sinks, const Scores& how) {
-  const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const int64_t group = q.size(1) / k.size(1), sq = q.size(2), sk = k.size(2);
-  const auto repeat = [&](const at::Tensor& t) { return t.to(wide).repeat_interleave(group, 1); };
-  at::Tensor s = at::mul(at::matmul(q.to(wide), repeat(k).transpose(-1, -2)), how.scale);
-  if (how.softcap > 0) s = at::tanh(s / how.softcap) * how.softcap;
-  if (bias) s = at::add(s, bias->to(wide));
-  const at::Tensor i = at::arange(sq, at::kLong).unsqueeze(1) + how.last, j = at::arange(sk, at::kLong);
-  at::Tensor seen = (j <= i).logical_and(j > i - how.window);
-  if (mask) seen = seen.logical_and(*mask);
-  s = at::where(seen, s, -std::numeric_limits<double>::infinity());
-  if (sinks) s = at::cat({s, sinks->to(wide).view({1, -1, 1, 1}).expand({s.size(0), -1, sq, 1})}, -1);
-  const at::Tensor empty = (s == -std::numeric_limits<double>::infinity()).all(-1, true);
-  const at::Tensor p = at::where(empty, 0., at::softmax(s, -1)).slice(-1, 0, sk);
-  const at::Tensor y = at::where(empty, static_cast<double>(how.empty), at::matmul(p, repeat(v)));
-  return at::empty({y.size(0), sq, y.size(1), y.size(3)}, q.options()).transpose(1, 2).copy_(y);
-}
-
-at::Tensor attention_with(bool allow_kernel, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                          const OptTensor& bias, const OptTensor& mask, const OptTensor& sinks, const Scores& how) {
-  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.size(0) == k.size(0) &&
-                        k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
-                        q.size(3) == k.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
-                    "ascend_cpu::flash_attention: q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(),
-                    " must be [B,Hq,Sq,D], [B,Hk,Sk,D] and [B,Hk,Sk,Dv] with Hq a multiple of Hk");
-  TORCH_CHECK_VALUE(!mask || mask->scalar_type() == at::kBool, "ascend_cpu::flash_attention: mask must be bool");
-  const auto alike = [&](const at::Tensor& t) { return t.scalar_type() == q.scalar_type() && t.is_cpu(); };
-  const int64_t batch = q.size(0), hq = q.size(1), sq = q.size(2), sk = k.size(2), dv = v.size(3);
-  const bool bias_fits = !bias || bias->scalar_type() == at::kBFloat16 || bias->scalar_type() == at::kFloat;
-  if (!allow_kernel || !kernel_is_best(q.scalar_type(), 1) || !alike(q) || !alike(k) || !alike(v) || !bias_fits ||
-      q.numel() == 0 || k.numel() == 0 || v.numel() == 0 || sq + sk > (1 << 29))
-    return attention_portable(q, k, v, bias, mask, sinks, how);
-
-  const auto dense = [](const at::Tensor& t) { return t.stride(3) == 1 || t.size(3) == 1 ? t : t.contiguous(); };
-  const auto full = [&](const OptTensor& t) {
-    if (!t) return at::Tensor();
-    at::Tensor e = t->expand({batch, hq, sq, sk});
-    return e.stride(3) == 1 || sk == 1 ? e : t->contiguous().expand({batch, hq, sq, sk}).contiguous();
-  };
-  const at::Tensor q1 = dense(q), k1 = dense(k), v1 = dense(v), b1 = full(bias), m1 = full(mask);
-  const at::Tensor s1 = sinks ? sinks->to(at::kFloat).expand({hq}).contiguous() : at::Tensor();
-  at::Tensor y = at::empty({batch, sq, hq, dv}, q.options()).transpose(1, 2);
-  Attention p{dtype_of(q), q1.const_data_ptr(), k1.const_data_ptr(), v1.const_data_ptr(), y.mutable_data_ptr(),
-              bias ? b1.const_data_ptr() : nullptr, mask ? m1.const_data_ptr<bool>() : nullptr,
-              sinks ? s1.const_data_ptr<float>() : nullptr, bias && bias->scalar_type() == at::kFloat,
-              batch, hq, k.size(1), sq, sk, q.size(3), dv, {}, {}, {}, {}, {}, {},
-              how.scale, how.softcap, how.last, how.window, how.empty};
-  for (int i = 0; i < 4; ++i) {
-    if (i < 3) {
-      p.q_stride[i] = q1.stride(i);
-      p.k_stride[i] = k1.stride(i);
-      p.v_stride[i] = v1.stride(i);
-      p.y_stride[i] = y.stride(i);
-    }
-    if (bias) p.bias_stride[i] = b1.stride(i);
-    if (mask) p.mask_stride[i] = m1.stride(i);
-  }
-  run_attention(p);
-  return y;
-}
-
-at::Tensor flash_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptTensor& bias,
-                           const OptTensor& mask, const OptTensor& sinks, double scale, std::string_view causal,
-                           int64_t window, double softcap, std::string_view empty_row) {
-  return attention_with(true, q, k, v, bias, mask, sinks, scores_of(q, k, scale, causal, window, softcap, empty_row));
-}
-
-at::Tensor flash_attention_portable(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                    const OptTensor& bias, const OptTensor& mask, const OptTensor& sinks,
-                                    double scale, std::string_view causal, int64_t window, double softcap,
-                                    std::string_view empty_row) {
-  return attention_with(false, q, k, v, bias, mask, sinks, scores_of(q, k, scale, causal, window, softcap, empty_row));
-}
-
 std::string isa_name() {
   switch (isa()) {
     case Isa::avx512_bf16: return "avx512_bf16";
@@ -280,19 +174,12 @@ std::string isa_name() {
 TORCH_LIBRARY_FRAGMENT(ascend_cpu, m) {
   m.def("linear(Tensor x, Tensor w, Tensor? bias=None, str epilogue='none', Tensor? other=None) -> Tensor");
   m.def("linear_portable(Tensor x, Tensor w, Tensor? bias=None, str epilogue='none', Tensor? other=None) -> Tensor");
-  for (const std::string name : {"flash_attention", "flash_attention_portable"})
-    m.def((name +
-           "(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, Tensor? sinks=None, float scale, "
-           "str causal='none', int window=-1, float softcap=0., str empty_row='nan') -> Tensor")
-              .c_str());
   m.def("isa() -> str", isa_name);
 }
 
 TORCH_LIBRARY_IMPL(ascend_cpu, CPU, m) {
   m.impl("linear", linear);
   m.impl("linear_portable", linear_portable);
-  m.impl("flash_attention", flash_attention);
-  m.impl("flash_attention_portable", flash_attention_portable);
 }
 
 }  // namespace ascend_cpu

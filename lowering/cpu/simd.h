@@ -151,6 +151,21 @@ inline void finish(const Linear& p, int64_t i, int64_t j, __m512 v, __m512 up, _
   store(static_cast<T*>(p.y) + i * p.n + j, v, mask);
 }
 
+// Memory for the length of one call, 64-byte aligned; none if it has no bytes.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : data_(bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr) {
+    if (bytes && !data_) throw std::bad_alloc();
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
 // Scratch of the calling thread: grows, never shrinks, 64-byte aligned; one per Tag.
 template <class Tag>
 inline void* scratch(size_t bytes) {
