@@ -304,6 +304,7 @@ SPECS: dict[str, Spec] = {
             "d_ff": 512,
             "num_layers": 2,
             "feed_forward_proj": "gated-gelu",
+            "decoder_start_token_id": 0,
             "tie_word_embeddings": False,
         },
         causal=False,
