@@ -1,0 +1,213 @@
+"""Which keys a query sees: masks that are proven causal, sliding or always true become flags of ``flash_attention``.
+
+``visibility`` takes the masks and biases that a walk has found and gives back what the operator needs: ``causal``,
+``window``, what remains of masks and biases, and ``empty_row``. A mask of which nothing is proven stays as it is. What
+remains of a conjunction is its smallest part: of ``causal & padding`` the padding [B,1,1,Sk].
+
+An additive mask ``where(keep, 0, fill)`` may be taken for ``keep`` iff rows without a visible key keep their value:
+
+* ``fill`` -inf: such a row is NaN (0 in SDPA), whatever else is added to it;
+* ``fill`` finfo.min: scores vanish in it, so such a row is the mean of all values; but if another mask or a bias that
+  may hide keys is added too, it is the mean of those hidden once. Then every row must provably see a key.
+
+Both take scores to be far above finfo.min.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+from torch import fx
+
+from ascend_dynamo.contracts import Facts
+
+from .._calls import rank
+from .mask_proof import Bound, Length, Level, Proof, prove
+from .moderate import moderate
+
+ABSORBS = -1e30  # a fill in which every score vanishes: not float16's
+
+
+@dataclass(frozen=True)
+class Added:
+    """A term that is added to the scores at ``level``."""
+
+    node: fx.Node
+    level: Level
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A boolean mask at ``level``; ``keep``: True means visible."""
+
+    node: fx.Node
+    level: Level
+    keep: bool = True
+
+
+@dataclass(frozen=True)
+class Visible:
+    """The operands and flags of ``flash_attention``. ``moot``: every row provably sees a key, so ``empty_row`` says
+    nothing. ``why`` has a sentence for each mask that is still an operand; ``lengths`` are what is known about those
+    that compare keys with the length of a cache.
+    """
+
+    causal: str = "none"
+    window: int = -1
+    masks: tuple[Mask, ...] = ()
+    biases: tuple[Added, ...] = ()
+    empty_row: str = "nan"
+    moot: bool = False
+    assumes: tuple[str, ...] = ()
+    why: tuple[str, ...] = ()
+    lengths: tuple[Length, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A mask or bias with its proof (a string: why there is none) and the values that hide in it."""
+
+    given: Mask | Added
+    proof: Proof | str
+    fills: frozenset[float]
+
+
+def visibility(
+    facts: Facts,
+    masks: Sequence[Mask],
+    biases: Sequence[Added],
+    fill: float,
+    sizes: tuple[Any, Any],
+    zero: bool = False,
+) -> Visible:
+    """Turn masks (all of which hide by ``fill``, -inf or finfo.min) and additive terms into flags where that is proven.
+
+    ``sizes`` is (Sq, Sk). ``zero`` says that a row hidden by -inf or by a boolean mask is 0 (SDPA), not NaN.
+    """
+    sq, sk = (facts.size(s) for s in sizes)
+    sources = [_Source(m, prove(facts, m.node, m.level, m.keep), frozenset((fill,))) for m in masks]
+    added = [s for s in (_read(facts, a) for a in biases) if s.proof != Proof()]  # zeros say nothing
+    hiding, plain = [s for s in added if s.fills], [s for s in added if not s.fills]
+    why = tuple(dict.fromkeys(w for s in (*sources, *added) if (w := _why(s))))
+    if hiding:
+        flags = _flags_and_masks(facts, [*sources, *hiding], (sq, sk))
+        rest = [Added(s.proof.bias, s.given.level) for s in hiding if isinstance(s.proof, Proof) and s.proof.bias]
+        rest += [Added(s.given.node, s.given.level) for s in plain]
+        empty = None if flags is None else _empty_row(facts, flags, [*sources, *hiding], rest, zero)
+        if flags is not None and empty is not None and _pays(facts, flags, hiding):
+            assumes = () if empty[1] else ("scores are above finfo.min",)
+            return replace(flags, biases=tuple(rest), empty_row=empty[0], assumes=assumes, why=why)
+    flags = _flags_and_masks(facts, sources, (sq, sk))
+    assert flags is not None  # a boolean mask can always stay as it is
+    rest = [Added(s.given.node, s.given.level) for s in added]
+    empty_row = "zero" if zero else "nan" if fill == -math.inf else "uniform"
+    return replace(flags, biases=tuple(rest), empty_row=empty_row, moot=flags.moot and not rest, why=why)
+
+
+def _read(facts: Facts, a: Added) -> _Source:
+    proof = prove(facts, a.node, a.level)
+    return _Source(a, proof, proof.fills if isinstance(proof, Proof) else frozenset())
+
+
+def _why(s: _Source) -> str:
+    return s.proof if isinstance(s.proof, str) else s.proof.why
+
+
+def _empty_row(
+    facts: Facts, found: Visible, sources: list[_Source], rest: list[Added], zero: bool
+) -> tuple[str, bool] | None:
+    """What a row without a visible key gives when additive masks are taken for boolean ones, and whether that is so
+    for scores of any size. None if ``flash_attention`` has no name for it.
+    """
+    fills = frozenset().union(*(s.fills for s in sources))
+    if fills == {-math.inf}:
+        return ("zero" if zero else "nan"), True
+    if not all(moderate(facts, a.node) for a in rest):
+        return None
+    if found.moot:
+        return ("zero" if zero else "nan"), False
+    return ("uniform", False) if len(sources) == len(fills) == 1 and max(fills) <= ABSORBS else None
+
+
+def _pays(facts: Facts, found: Visible, hiding: list[_Source]) -> bool:
+    """True if flags are won, or operands that grow with the number of keys only."""
+    if found.causal != "none" or found.window >= 0 or not found.masks:
+        return True
+    return any(_has_queries(facts, s.given) for s in hiding) and not any(_has_queries(facts, m) for m in found.masks)
+
+
+def _has_queries(facts: Facts, x: Mask | Added) -> bool:
+    sizes = facts.val(x.node).shape
+    axis = x.level.query % len(x.level.shape) - len(x.level.shape)
+    return rank(facts, x.node) >= -axis and facts.size(sizes[axis]) != 1
+
+
+def _flags_and_masks(facts: Facts, sources: list[_Source], sizes: tuple[Any, Any]) -> Visible | None:
+    """Flags for the bounds of all sources and masks for the rest; None if there is a bound that can be neither."""
+    bounds: list[tuple[Bound, Level]] = []
+    masks: dict[Mask, None] = {}
+    lengths: dict[Length, None] = {}
+    for s in sources:
+        level = s.given.level
+        if isinstance(s.proof, str):
+            assert isinstance(s.given, Mask)  # an additive term without a proof hides nothing
+            masks[s.given] = None
+            continue
+        masks.update(dict.fromkeys(Mask(n, level, keep) for n, keep in s.proof.operands))
+        lengths.update(dict.fromkeys(s.proof.lengths))
+        bounds += [(b, level) for b in s.proof.bounds]
+    everything = [b for b, _ in bounds]
+    for said in (everything, [b for b in everything if b.upper], [b for b in everything if not b.upper], []):
+        flags = _flags(facts, said, sizes)
+        unsaid = [(b.node, level) for b, level in bounds if b not in said]
+        if flags is None or any(node is None for node, _ in unsaid):
+            continue
+        masks.update(dict.fromkeys(Mask(node[0], level, node[1]) for node, level in unsaid if node is not None))
+        moot = not masks and _never_empty(facts, *flags, sizes)
+        return Visible(*flags, masks=tuple(masks), moot=moot, lengths=tuple(lengths))
+    return None
+
+
+def _flags(facts: Facts, bounds: list[Bound], sizes: tuple[Any, Any]) -> tuple[str, int] | None:
+    """(causal, window) that say exactly ``bounds``."""
+    sq, sk = sizes
+    uppers = list(dict.fromkeys(b.offset for b in bounds if b.upper))
+    lowers = list(dict.fromkeys(b.offset for b in bounds if not b.upper))
+    for causal, offset in (("none", 0), ("top_left", 0), ("bottom_right", sk - sq)):
+        if causal == "none":
+            fits = not uppers
+        else:  # one bound is the diagonal (or every key is on its right side), and the others follow from it
+            exact = any(_at_most(facts, u, offset) for u in uppers) or _at_most(facts, sk - 1, offset)
+            fits = exact and all(_at_most(facts, offset, u) for u in uppers)
+        if not fits:
+            continue
+        if not lowers:
+            return causal, -1
+        tightest = next((c for c in lowers if all(_at_most(facts, other, c) for other in lowers)), None)
+        window = sympy.Integer(0) if tightest is None else sympy.sympify(offset + 1 - tightest)
+        if window.is_Integer and window >= 1:
+            return causal, int(window)
+    return None
+
+
+def _at_most(facts: Facts, a: Any, b: Any) -> bool:
+    """True if ``a <= b`` is known."""
+    d = a - b
+    if isinstance(d, (int, sympy.Integer)):
+        return int(d) <= 0
+    relation = sympy.Le(d, 0)
+    return relation is sympy.true or (relation is not sympy.false and facts.known(relation))
+
+
+def _never_empty(facts: Facts, causal: str, window: int, sizes: tuple[Any, Any]) -> bool:
+    """True if every query provably sees a key."""
+    sq, sk = sizes
+    if causal == "bottom_right":
+        return _at_most(facts, sq, sk)
+    if not _at_most(facts, 1, sk):
+        return False
+    return window < 0 or _at_most(facts, sq, sk - 1 + window)
