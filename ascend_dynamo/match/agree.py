@@ -50,13 +50,16 @@ class Budget:
     row_scale: torch.Tensor | None = None
 
 
+PLAIN = Budget()  # of what is no dialect operator
+
+
 def budget_of(node: fx.Node, lifted: Mapping[fx.Node, Any]) -> Budget:
     """The budget of the dialect operator that makes ``node`` (itself, or a part of its result), on float64 values."""
     index = None
     if node.target is operator.getitem:
         node, index = node.args  # type: ignore[assignment]
     if not is_dialect_op(node.target):
-        return Budget()
+        return PLAIN
     spec = spec_of(node.target)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: lifted.get(n, n.meta.get("val")))
     scale = spec.scale64(*args, **kwargs)

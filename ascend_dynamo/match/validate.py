@@ -6,7 +6,8 @@ at the site's dtype must be as near to the float64 value as eager's is, within a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,7 +16,7 @@ from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.contracts import Match
 from ascend_dynamo.errors import PatternError
 from ascend_dynamo.ir.facts import PROLOGUE
-from ascend_dynamo.match.agree import budget_of, differs_at_dtype, differs_in_algebra, liftable
+from ascend_dynamo.match.agree import PLAIN, Budget, budget_of, differs_at_dtype, differs_in_algebra, liftable
 from ascend_dynamo.match.evaluate import draw, run, seeded
 
 SEEDS = (0x5EED, 0xA5CE)
@@ -40,7 +41,7 @@ def validate_rewrite(
             before = run([*between, *old], env, prologue, lifted)
             after = run([*between, *(n for n in new if n not in env)], env, prologue, lifted)
             if lifted:
-                exact, budgets = before, [budget_of(b, after) for b in results]
+                exact, budgets = before, [_budget(a, b, before, after) for a, b in zip(m.outputs, results, strict=True)]
             for i, (a, b) in enumerate(zip(m.outputs, results, strict=True)):
                 was, now = before[a], after[b] if b in after else before[b]
                 with compat.no_dispatch_modes():  # while compiling, a fake mode is active that refuses real tensors
@@ -55,6 +56,12 @@ def validate_rewrite(
                         f'pattern "{name}": validation of the match at %{m.anchor.name} failed {where}: output {i} '
                         f"{fault}, for inputs {shapes}"
                     )
+
+
+def _budget(old: fx.Node, new: fx.Node, before: Mapping[fx.Node, Any], after: Mapping[fx.Node, Any]) -> Budget:
+    """What the replacement declares; if that is no dialect operator, what the replaced one grants any kernel of it."""
+    declared = budget_of(new, after)
+    return budget_of(old, before) if declared is PLAIN else declared
 
 
 _aten = torch.ops.aten
