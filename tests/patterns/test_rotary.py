@@ -127,6 +127,47 @@ WRONG = {
 }
 
 
+COMPLEX = {
+    "keys without a head axis": rotary_complex.deepseek_keys,
+    "pairs that were pairs before": lambda x, a: torch.view_as_real(
+        torch.view_as_complex(x.view(2, 5, 3, 4, 2) * 1) * torch.polar(torch.ones_like(a), a)
+    ),
+    "the factor first": lambda x, a: torch.view_as_real(
+        torch.polar(torch.ones_like(a), a) * torch.view_as_complex(x.view(2, 5, 3, 4, 2))
+    ).flatten(2),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_products_in_any_shape(name):
+    args = (torch.randn(2, 5, 1, 8) if "keys" in name else torch.randn(2, 5, 3, 8), torch.randn(2, 5, 4))
+    if "keys" not in name:
+        args = (args[0], args[1][:, :, None])
+    result = fuse(COMPLEX[name], args, *ROTARY)
+    assert result.fired == ["rotary_complex"] and result.ops("aten.view_as_complex") == 0
+    assert_same(COMPLEX[name], args, result)
+
+
+NOT_COMPLEX = {
+    "one real factor": lambda x, a: torch.view_as_real(torch.view_as_complex(x.view(2, 5, 3, 4, 2)) * a),
+    "a sum": lambda x, a: torch.view_as_real(torch.view_as_complex(x.view(2, 5, 3, 4, 2)) + torch.polar(a, a)),
+    "a table that widens": lambda x, a: torch.view_as_real(
+        torch.view_as_complex(x[:, :, :1].reshape(2, 5, 1, 4, 2)) * torch.polar(a, a).expand(2, 5, 3, 4)
+    ),
+    "product used twice": lambda x, a: (lambda p: (torch.view_as_real(p), p.abs()))(
+        torch.view_as_complex(x.view(2, 5, 3, 4, 2)) * torch.polar(a, a)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_COMPLEX)
+def test_other_complex_products_stay(name):
+    args = (torch.randn(2, 5, 3, 8), torch.randn(2, 5, 1, 4))
+    result = fuse(NOT_COMPLEX[name], args, *ROTARY)
+    assert result.fired == []
+    assert_same(NOT_COMPLEX[name], args, result)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_what_only_looks_like_a_rotation_stays(name):
     result = fuse(WRONG[name], inputs(), *ROTARY)
