@@ -1,8 +1,9 @@
 """Attention, recognised by structure.
 
-``walk.py`` goes up from a softmax, one step at a time, and records what each step means for ``ascend.flash_attention``
-(``read.py`` reads the single calls).
-``operands.py`` finds q, k and v behind layout and grouped heads. ``eager.py`` is the pattern over both; ``sdpa.py`` the
-one for ``aten.scaled_dot_product_attention``, which capture keeps whole. A new spelling is a new step in
-``walk.STEPS``; nothing else changes.
+``softmax.py`` reads a softmax in any spelling. ``walk.py`` goes up from it, one step at a time, to q k^T and records
+what each step means for ``ascend.flash_attention``; ``weights.py`` goes down to the product with v. ``frame.py`` keeps
+track of axes through every reshape and permute, ``groups.py`` says which are batch, heads, queries and keys,
+``operands.py`` finds q, k and v behind grouped heads and scales, ``terms.py`` orders biases and masks. ``eager.py`` is
+the pattern over all of them, ``sdpa.py`` the one for ``aten.scaled_dot_product_attention``, which capture keeps whole,
+``near.py`` says why a softmax is no attention. A new spelling is a new step in ``walk.STEPS``; nothing else changes.
 """

@@ -8,15 +8,15 @@ Before (``q: T[B, Hq, Sq, D]``, ``k, v: T[B, Hk, Sk, D]`` repeated to Hq heads; 
     p = convert(_softmax(convert(s, float32), -1, False), T)
     y = matmul(p, v)
 
-after: ``y = ascend.flash_attention(q, k, v, bias=, mask=, scale=, softcap=, empty_row=...)``. An additive bias stays
-one, so a row of -inf gives NaN and a row of finfo.min the mean, as before; ``empty_row`` is about rows without a key.
-The weights ``p`` never exist, so they must have no other use.
+after: ``y = ascend.flash_attention(q, k, v, bias=, mask=, sinks=, scale=, softcap=, empty_row=...)``. An additive bias
+stays one, so a row of -inf gives NaN and a row of finfo.min the mean, as before; ``empty_row`` is about rows without a
+key. The weights ``p`` never exist, so they must have no other use. Axes may be split, merged and permuted anywhere.
 """
 
 from __future__ import annotations
 
-import math
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,144 +25,175 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from .._calls import arg, arguments, ascend, aten, convert, dtype, is_call, leaks, lossless, rank, refuse, same_shape
+from .._calls import arg, ascend, aten, convert, dtype, is_call, leaks, rank, refuse
 from ..spellings.attention import SPELLINGS, fuzz_inputs
-from .operands import common_dtype, emit, find_operand
-from .read import PRODUCTS, leads_to_product
-from .sdpa import check_operands
+from .frame import Atoms, Axes, Frame
+from .groups import Groups, Sinks, find_groups, find_sinks
+from .near import no_product
+from .operands import Operand, common_dtype, emit, find_operand
+from .read import leads_to_product
+from .softmax import ANCHORS, Softmax, read_softmax
+from .terms import Plan, emit_bias, emit_mask, plan
 from .walk import Scores, walk_scores
+from .weights import Weighted, walk_weights
+
+LARGEST_CAP = 60.0  # exp of it, summed over all keys that fit in memory, is finite in float32 and bfloat16
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Everything that the rewrite needs."""
+
+    frame: Frame
+    q: Operand
+    k: Operand
+    v: Operand
+    groups: Groups
+    plan: Plan
+    scores: Scores
+    weighted: Weighted
+    sinks: Sinks | None
+    working: torch.dtype
+    empty_row: str
 
 
 class EagerAttention(ProceduralPattern):
     name = "eager_attention"
     level = 2
     benefit = 10
-    anchors = (aten._softmax.default,)
+    anchors = ANCHORS
     domain = Domain(shapes={"q": ("B", "Hq", "Sq", "D"), "k": ("B", "Hk", "Sk", "D"), "v": ("B", "Hk", "Sk", "Dv")})
     eager = SPELLINGS
     emits = frozenset({"ascend.flash_attention"})
 
     def match(self, anchor: fx.Node, facts: Facts) -> Match | NoMatch:
-        call = arguments(anchor)
-        scores = call["self"]
-        if not leads_to_product(scores):
-            return refuse(facts, "op", anchor, "a softmax of q k^T", "a softmax of something else")
-        if call["dim"] not in (-1, rank(facts, scores) - 1):
-            return refuse(facts, "arg", anchor, "softmax over the last axis", f"dim={call['dim']}", 0.2)
-        down = _weighted_values(anchor, facts)
-        if isinstance(down, NoMatch):
-            return down
-        output, v, after = down
-        up = walk_scores(scores, facts)
-        if isinstance(up, NoMatch):
-            return up
-        product, found = up
-        q, kt = arg(product, 0), arg(product, 1)
-        ranks = {rank(facts, n) for n in (q, kt, v, product)}
-        if ranks not in ({3}, {4}):
-            found_ranks = f"{sorted(ranks)} axes"
-            return refuse(facts, "shape", product, "q, k, v all of three or all of four axes", found_ranks, 0.8)
-        if not same_shape(facts, scores, product):
-            return refuse(
-                facts, "shape", anchor, "scores of the shape of q k^T", f"{list(facts.val(scores).shape)}", 0.8
-            )
-        kind = common_dtype(facts, q, kt, v)
-        if isinstance(kind, NoMatch):
-            return kind
-        parts = [
-            find_operand(facts, q),
-            find_operand(facts, kt, swap=True, grouped=True),
-            find_operand(facts, v, grouped=True),
-        ]
-        nodes = frozenset((anchor, *after, output, *found.nodes))
-        refusal = check_operands(facts, anchor, parts) or leaks(facts, nodes, (output,), 0.95)
+        softmax = read_softmax(anchor, facts)
+        if isinstance(softmax, NoMatch):
+            return softmax
+        if not leads_to_product(softmax.scores, facts) or rank(facts, softmax.scores) < 2:
+            return no_product(softmax, anchor, facts)
+        found = recognise(softmax, facts)
+        if isinstance(found, NoMatch):
+            return found
+        w, parts = found.weighted, (found.q, found.k, found.v)
+        nodes = frozenset().union(softmax.nodes, w.nodes, found.scores.nodes, *(p.nodes for p in parts))
+        refusal = leaks(facts, nodes, (w.output,), 0.95)
         if refusal is not None:
             return refusal
-        inputs = {"q": parts[0], "k": parts[1], "v": parts[2], "scores": found, "dtype": kind}
-        inputs["empty_row"], assumes = _empty_row(facts, found)
-        return Match(self.name, anchor, nodes, inputs, (output,), assumes)
+        inputs = {"attention": found, **{name: p.node for name, p in zip("qkv", parts, strict=True)}}
+        return Match(self.name, anchor, nodes, inputs, (w.output,), found.plan.assumes)
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
-        s: Scores = m.inputs["scores"]
-        q, k, v = (emit(b, m.inputs[name], m.inputs["dtype"]) for name in "qkv")
-        shape = m.outputs[0].meta["val"].shape
-        options: dict[str, Any] = {"scale": s.scale, "softcap": s.softcap, "empty_row": m.inputs["empty_row"]}
-        if s.biases:
-            total = s.biases[0]
-            for other in s.biases[1:]:
-                total = b.op(aten.add.Tensor, other, total)
-            options["bias"] = _four_axes(b, total, len(shape))
-        if s.masks:
-            keeps = [m_ if keep else b.op(aten.logical_not.default, m_) for m_, keep in s.masks]
-            total = keeps[0]
-            for other in keeps[1:]:
-                total = b.op(aten.logical_and.default, total, other)
-            options["mask"] = _four_axes(b, total, len(shape))
+        found: Attention = m.inputs["attention"]
+        frame, g, w = found.frame, found.groups, found.weighted
+        head = found.q.features
+        q = emit(b, frame, found.q, (g.batch, g.heads, g.rows, head), found.working)
+        k = emit(b, frame, found.k, (g.batch, g.key_heads, g.keys, head), found.working)
+        v = emit(b, frame, found.v, (g.batch, g.key_heads, g.keys, found.v.features), found.working)
+        factor = found.scores.factor * found.q.factor * found.k.factor
+        options: dict[str, Any] = {"scale": factor, "softcap": found.scores.softcap, "empty_row": found.empty_row}
+        bias = emit_bias(b, frame, found.plan.biases, g.scores)
+        mask = emit_mask(b, frame, found.plan.masks, g.scores)
+        sinks = found.sinks.emit(b, frame, g) if found.sinks is not None else None
+        options.update((name, n) for name, n in (("bias", bias), ("mask", mask), ("sinks", sinks)) if n is not None)
         y = b.op(ascend.flash_attention.default, q, k, v, **options)
-        return (y if len(shape) == 4 else b.op(aten.reshape.default, y, list(shape)),)
+        for node, axes in w.factors:
+            y = b.op(aten.mul.Tensor, y, frame.emit(b, node, axes, g.scores) if isinstance(node, fx.Node) else node)
+        kind = w.output.meta["val"].dtype
+        y = y if y.meta["val"].dtype == kind else b.op(convert, y, kind)
+        return (frame.emit(b, y, (g.batch, g.heads, g.rows, w.columns), w.axes, fill=True),)
 
     def fuzz_inputs(self, rng: random.Random, dtype: torch.dtype, spelling: int) -> tuple[Any, ...]:
         return fuzz_inputs(rng, dtype, spelling)
 
 
-def _weighted_values(softmax: fx.Node, facts: Facts) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | NoMatch:
-    """(p @ v, v, the casts in between) below a softmax."""
-    n, casts = softmax, []
-    while True:
-        users = list(n.users)
-        if len(users) != 1:
-            found = ", ".join(f"%{u.name}" if u.op != "output" else "the graph's output" for u in users)
-            fix = "do not return the attention weights (output_attentions=False)"
-            return refuse(facts, "users", n, "weights used only by the product with v", found, 0.9, fix)
-        (user,) = users
-        if not is_call(user, convert):
-            break
-        casts.append(user)
-        n = user
-    if not is_call(user, *PRODUCTS) or arg(user, 0) is not n or not isinstance(arg(user, 1), fx.Node):
-        found = "the graph's output" if user.op == "output" else f"{user.target}"
-        return refuse(facts, "op", user, "a product of the weights with v", found, 0.4)
-    v = arg(user, 1)
-    narrow = next((c for c in casts if not lossless(dtype(facts, v), dtype(facts, c))), None)
-    if narrow is not None or dtype(facts, n) != dtype(facts, v):
-        found = f"{dtype(facts, narrow or n)}"
-        fix = "cast the weights once, to the dtype of v"
-        return refuse(facts, "dtype", narrow or n, f"weights rounded to {dtype(facts, v)} at most", found, 0.8, fix)
-    return user, v, tuple(casts)
+def recognise(s: Softmax, facts: Facts) -> Attention | NoMatch:
+    """The attention around a softmax of something that comes from a product."""
+    frame = Frame(facts)
+    level = frame.fresh(facts.val(s.scores).shape)
+    weighted = walk_weights(s, frame, level, facts)
+    if isinstance(weighted, NoMatch):
+        return weighted
+    sinks = None if s.sinks is None else find_sinks(s.sinks, frame, level, facts)
+    if isinstance(sinks, NoMatch):
+        return sinks
+    scores = Scores(frame, level, dtype(facts, weighted.v))
+    product = walk_scores(s.scores, scores, facts)
+    if isinstance(product, NoMatch):
+        return product
+    operands = _query_and_key(product, frame, scores.axes, level[s.dim], facts)
+    if isinstance(operands, NoMatch):
+        return operands
+    q, k, rows = operands
+    v = find_operand(frame, weighted.v, weighted.v_axes, weighted.columns, grouped=True)
+    kind = common_dtype(facts, q.node, k.node, v.node)
+    if isinstance(kind, NoMatch):
+        return kind
+    varied = {atom for t in scores.terms for atoms in t.axes for atom in frame.leaves(atoms)}
+    stored = k.atoms(frame) | v.atoms(frame)
+    groups = find_groups(frame, level, s.dim, stored, (rows, weighted.rows), varied)
+    if sinks is not None and not {a for atoms in sinks.axes for a in frame.leaves(atoms)} <= set(groups.heads):
+        return refuse(facts, "shape", sinks.node, "one sink per head", "sinks that vary otherwise", 0.8)
+    made = plan(scores.terms, facts)
+    if isinstance(made, NoMatch):
+        return made
+    empty_row = _empty_row(s, scores, weighted, made, facts)
+    if isinstance(empty_row, NoMatch):
+        return empty_row
+    return Attention(frame, q, k, v, groups, made, scores, weighted, sinks, kind, empty_row)
 
 
-def _empty_row(facts: Facts, s: Scores) -> tuple[str, tuple[str, ...]]:
-    """What a row without a visible key gives, and what that rests on."""
-    if s.fill is not None:
-        if s.fill == -math.inf:
-            return "nan", ()
-        return "uniform", ("scores are above finfo.min",)
-    if s.biases and all(_finite(facts, bias) for bias in s.biases[:1]) and len(s.biases) == 1:
-        return "zero", ("the bias is finite, so no row is empty",)
-    return "nan", ()
+def _query_and_key(
+    product: fx.Node, frame: Frame, axes: Axes, keys: Atoms, facts: Facts
+) -> tuple[Operand, Operand, Atoms] | NoMatch:
+    """q and k of the product whose axes are ``axes`` (k q^T as well), and the atoms of its rows."""
+    left, right = (arg(product, i) for i in ((1, 2) if is_call(product, aten.baddbmm.default) else (0, 1)))
+    shapes = [facts.val(n).shape for n in (left, right)]
+    weight = is_call(product, aten.linear.default)  # [Sk, D] instead of [D, Sk]
+    keys = frame.leaves(keys)
+    columns, lines = frame.leaves(axes[-1]), frame.leaves(axes[-2])
+    if min(len(shape) for shape in shapes) < 2 or (columns != keys and lines != keys):
+        return refuse(facts, "arg", product, "a softmax along the rows or columns of q k^T", "along other axes", 0.5)
+    batch = facts.val(product).shape[:-2]
+    outer = [frame.aligned(shape[:-2], axes[:-2], batch) for shape in shapes]
+    if None in outer:
+        return refuse(facts, "shape", product, "q and k that broadcast to their product", f"{shapes}", 0.5)
+    (features,) = frame.fresh([shapes[0][-1]])
+    first: Axes = (*outer[0], axes[-2], features)  # type: ignore[misc]
+    second: Axes = (*outer[1], axes[-1], features) if weight else (*outer[1], features, axes[-1])  # type: ignore[misc]
+    one, two = (left, first), (right, second)
+    (q, q_axes), (k, k_axes) = (one, two) if columns == keys else (two, one)
+    return (
+        find_operand(frame, q, q_axes, features, scaled=True),
+        find_operand(frame, k, k_axes, features, grouped=True, scaled=True),
+        axes[-2] if columns == keys else axes[-1],
+    )
 
 
-def _finite(facts: Facts, bias: fx.Node) -> bool:
-    """True if the bias is chosen between two finite constants: the usual mask of 0 and finfo.min."""
-    n: Any = bias
-    while is_call(n, aten.expand.default, aten.reshape.default, aten.permute.default, aten.slice.Tensor):
-        n = arg(n, 0)
-    if not is_call(n, aten.where.self, aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf):
-        return False
-    return all(_finite_constant(facts, arguments(n)[side]) for side in ("self", "other"))
+def _empty_row(s: Softmax, scores: Scores, w: Weighted, made: Plan, facts: Facts) -> str | NoMatch:
+    """What a row without a visible key gives."""
+    empty_row = made.empty_row
+    if not s.shifted:
+        bounded = 0 < scores.softcap <= LARGEST_CAP and not made.biases and s.sinks is None
+        if not bounded or dtype(facts, s.scores) == torch.float16:
+            fix = "subtract the maximum of each row first, or call torch.softmax"
+            found = "exp of scores that may overflow"
+            return refuse(facts, "unproven", s.scores, "a softmax that is safe for any scores", found, 0.9, fix)
+        empty_row = "nan"
+    if s.zero and empty_row == "nan":
+        return "zero"
+    for mask, axes, keep in w.zeros:
+        same = len(made.masks) == 1 and not made.biases and s.total is None and s.sinks is None
+        (t,) = made.masks if same else (None,)
+        if t is None or t.node is not mask or t.keep is not keep or _leaves(scores, t.axes) != _leaves(scores, axes):
+            fix = "zero the weights where the scores are masked, and nowhere else"
+            return refuse(facts, "unproven", mask, "weights zeroed by the mask of the scores", "another mask", 0.9, fix)
+        empty_row = "zero"
+    return empty_row
 
 
-def _finite_constant(facts: Facts, x: Any) -> bool:
-    if isinstance(x, (int, float)):
-        return math.isfinite(x)
-    value = facts.const(x) if isinstance(x, fx.Node) else None
-    return value is not None and bool(torch.isfinite(value).all())
-
-
-def _four_axes(b: Builder, n: fx.Node, dims: int) -> fx.Node:
-    """A bias or mask of three-axis scores [B, Sq, Sk] gets the head axis."""
-    shape = n.meta["val"].shape
-    return n if dims == 4 or len(shape) < 3 else b.op(aten.reshape.default, n, [shape[0], 1, *shape[1:]])
+def _leaves(s: Scores, axes: Axes) -> tuple[Atoms, ...]:
+    return tuple(s.frame.leaves(atoms) for atoms in axes)
 
 
 PATTERNS = (EagerAttention(),)

@@ -24,7 +24,9 @@ from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
 from .._calls import arguments, ascend, aten, dtype, rank, refuse
-from .operands import emit, find_operand, heads, sizes
+from .frame import Frame
+from .groups import Groups, find_groups
+from .operands import Operand, emit, find_operand
 
 
 def plain(q, k, v):  # type: ignore[no-untyped-def]
@@ -75,25 +77,31 @@ class Sdpa(ProceduralPattern):
             if not isinstance(d, int) or d == 0:
                 return refuse(facts, "unproven", anchor, "a fixed head size, for 1/sqrt(D)", f"{d}", 0.5, "pass scale")
             scale = 1.0 / math.sqrt(d)
-        parts = [find_operand(facts, n, grouped=name != "q") for name, n in (("q", q), ("k", k), ("v", v))]
-        refusal = check_operands(facts, anchor, parts)
-        if refusal is not None:
-            return refusal
-        inputs: dict[str, Any] = {"q": parts[0], "k": parts[1], "v": parts[2], "scale": float(scale)}
+        frame = Frame(facts)
+        parts = _operands(frame, q, k, v, bool(call["enable_gqa"]), anchor)
+        if isinstance(parts, NoMatch):
+            return parts
+        inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask, "frame": frame, "parts": parts}
+        inputs["scale"] = float(scale)
         inputs["causal"] = "top_left" if call["is_causal"] else "none"
-        inputs["mask"] = mask
         return Match(self.name, anchor, frozenset((anchor,)), inputs, (anchor,))
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         kind = m.anchor.meta["val"].dtype
-        q, k, v = (emit(b, m.inputs[name], kind) for name in "qkv")
+        frame, (operands, g, columns, level) = m.inputs["frame"], m.inputs["parts"]
+        q, k, v = operands
         mask = m.inputs["mask"]
         options: dict[str, Any] = {"scale": m.inputs["scale"], "causal": m.inputs["causal"], "empty_row": "zero"}
         if mask is not None:
             options["mask" if mask.meta["val"].dtype == torch.bool else "bias"] = _four_axes(b, mask, m.anchor)
-        y = b.op(ascend.flash_attention.default, q, k, v, **options)
-        shape = m.anchor.meta["val"].shape
-        return (y if len(shape) == 4 else b.op(aten.reshape.default, y, list(shape)),)
+        y = b.op(
+            ascend.flash_attention.default,
+            emit(b, frame, q, (g.batch, g.heads, g.rows, q.features), kind),
+            emit(b, frame, k, (g.batch, g.key_heads, g.keys, k.features), kind),
+            emit(b, frame, v, (g.batch, g.key_heads, g.keys, v.features), kind),
+            **options,
+        )
+        return (frame.emit(b, y, (g.batch, g.heads, g.rows, columns), (*level[:-1], columns), fill=True),)
 
     def fuzz_inputs(self, rng: random.Random, dtype: torch.dtype, spelling: int) -> tuple[Any, ...]:
         b, sq, sk, d = rng.choice([1, 2]), rng.choice([1, 3, 5]), rng.choice([1, 4, 6]), rng.choice([2, 8])
@@ -104,17 +112,41 @@ class Sdpa(ProceduralPattern):
         return (q, k, v, torch.rand(b, 1, sq, sk) < 0.6) if spelling == 2 else (q, k, v)
 
 
-def check_operands(facts: Facts, anchor: fx.Node, parts: list[Any]) -> NoMatch | None:
-    """A refusal unless batch, heads and sizes of q, k and v are known to fit ``flash_attention``."""
-    (bq, _, dq), (bk, sk, dk), (bv, sv, _) = (sizes(facts, p.node, p.swap) for p in parts)
-    for what, a, b in (("batch", bq, bk), ("batch", bk, bv), ("head size", dq, dk), ("key count", sk, sv)):
+_Parts = tuple[tuple[Operand, Operand, Operand], Groups, Any, Any]
+
+
+def _operands(frame: Frame, q: fx.Node, k: fx.Node, v: fx.Node, gqa: bool, anchor: fx.Node) -> _Parts | NoMatch:
+    """q, k and v, the roles of their axes, the columns of v and the axes of the scores; a refusal if sizes may not fit."""
+    facts = frame.facts
+    shapes = [facts.val(n).shape for n in (q, k, v)]
+    (*bq, sq, dq), (*bk, sk, dk), (*bv, sv, dv) = shapes
+    for what, a, b in (("head size", dq, dk), ("key count", sk, sv)):
         if not facts.known(a == b):
             return refuse(facts, "shape", anchor, f"one {what} of q, k and v", f"{a} and {b}", 0.7)
-    hq, hk, hv = (heads(facts, p) for p in parts)
-    if not (facts.known(hk == hv) and facts.known(hq % hk == 0)):
-        found = f"{hq}, {hk} and {hv} heads"
-        return refuse(facts, "shape", anchor, "as many heads in k as in v, dividing those of q", found, 0.7)
-    return None
+    for what, a, b in [*(("batch", a, b) for x in (bk, bv) for a, b in zip(bq[:1], x[:1], strict=True))]:
+        if not facts.known(a == b):
+            return refuse(facts, "shape", anchor, f"one {what} of q, k and v", f"{a} and {b}", 0.7)
+    (features,), (columns,) = frame.fresh([dq]), frame.fresh([dv])
+    level = frame.fresh([*bq, sq, sk])
+    stored = level[:-2]
+    if len(bq) == 2 and not all(facts.known(bq[1] == x[1]) for x in (bk, bv)):
+        pair = frame.split(level[1], [bk[1], bq[1] // bk[1]]) if _divides(facts, bq[1], bk[1]) and gqa else None
+        if pair is None or not facts.known(bk[1] == bv[1]):
+            found = f"{bq[1]}, {bk[1]} and {bv[1]} heads"
+            return refuse(facts, "shape", anchor, "as many heads in k as in v, dividing those of q", found, 0.7)
+        stored = (level[0], pair[0])
+    operands = (
+        find_operand(frame, q, (*level[:-2], level[-2], features), features),
+        find_operand(frame, k, (*stored, level[-1], features), features, grouped=True),
+        find_operand(frame, v, (*stored, level[-1], columns), columns, grouped=True),
+    )
+    held = operands[1].atoms(frame) | operands[2].atoms(frame)
+    groups = find_groups(frame, level, len(level) - 1, held, (level[-2],), set())
+    return operands, groups, columns, level
+
+
+def _divides(facts: Facts, a: Any, b: Any) -> bool:
+    return facts.known(a % b == 0)
 
 
 def _four_axes(b: Builder, mask: fx.Node, anchor: fx.Node) -> fx.Node:

@@ -1,9 +1,9 @@
 """From a softmax up to the product of queries and keys, one step at a time.
 
-The walk meets the operations in reverse order of evaluation. ``flash_attention`` evaluates scale, softcap, bias, mask;
-so the walk may meet mask, bias, softcap, scale in this order and no other, unless a step can prove that two commute.
-Each step is a function ``(node, scores, facts) -> next node | NoMatch | None``: None means "not mine", NoMatch "mine,
-but not provably the same". Steps change ``scores`` only if they return a node.
+The walk meets the operations in reverse order of evaluation. Each step is a function ``(node, scores, facts) -> next node
+| NoMatch | None``: None means "not mine", NoMatch "mine, but not provably the same". Steps change ``scores`` only if they
+return a node. ``flash_attention`` evaluates scale, softcap, bias, mask; what the walk meets in another order is brought
+into that one where algebra allows: an outer factor multiplies the terms inside it (``Term.factor``).
 """
 
 from __future__ import annotations
@@ -18,24 +18,28 @@ from torch import fx
 
 from ascend_dynamo.contracts import Facts, NoMatch
 
-from .._calls import arg, arguments, aten, commuted, convert, dtype, is_call, lossless, refuse, same_shape
-from .read import PRODUCTS, leads_to_product, masked, scaled_by
+from .._calls import LAYOUT, arg, arguments, aten, commuted, convert, dtype, is_call, lossless, refuse, same_shape
+from .frame import Axes, Frame, layout_chain
+from .read import is_product, leads_to_product, masked, scaled_by
+from .terms import Term, fits
 
 
 @dataclass
 class Scores:
-    """What stands between q k^T and the softmax, outermost first.
+    """What stands between q k^T and the softmax.
 
-    ``stage`` says what has been met: 0 nothing that fixes the order, 1 masks or biases, 2 softcap or scale (after which
-    an additive term would be scaled). ``fill`` is the value that masks write; ``nodes`` what the fusion replaces.
+    ``terms`` are the biases and masks, outermost first, ``factor`` is what multiplies the present node later on (in the
+    end the scale) and ``axes`` are its axes. ``working`` is the dtype of v: scores may be
+    rounded to it. ``rounded`` is the narrowest dtype that the present node is rounded to later on.
     """
 
-    scale: float = 1.0
+    frame: Frame
+    axes: Axes
+    working: torch.dtype
+    factor: float = 1.0
     softcap: float = 0.0
-    biases: list[fx.Node] = field(default_factory=list)
-    masks: list[tuple[fx.Node, bool]] = field(default_factory=list)  # (mask, True if True means keep)
-    fill: float | None = None
-    scaled: bool = False
+    rounded: torch.dtype | None = None
+    terms: list[Term] = field(default_factory=list)
     nodes: set[fx.Node] = field(default_factory=set)
 
     @property
@@ -47,117 +51,158 @@ Step = Callable[[fx.Node, Scores, Facts], "fx.Node | NoMatch | None"]
 
 
 def step_cast(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
-    """An upcast of the scores is what flash attention does anyway; a downcast rounds and is refused."""
+    """An upcast is what flash attention does anyway; a cast to the dtype of v rounds as q k^T in that dtype would."""
     if not is_call(n, convert):
         return None
     source = arg(n, 0)
-    assert isinstance(source, fx.Node)
     if lossless(dtype(facts, source), dtype(facts, n)):
+        return source
+    if dtype(facts, source).is_floating_point and lossless(s.working, dtype(facts, n)):
+        s.rounded = dtype(facts, n)
         return source
     found = f"a cast from {dtype(facts, source)} to {dtype(facts, n)}"
     return refuse(facts, "dtype", n, "scores that are only upcast", found, s.progress, "drop the cast of the scores")
 
 
-def step_softcap(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
-    """``tanh(x / c) * c``."""
-    found = scaled_by(n)
-    if found is None or not is_call(found[0], aten.tanh.default):
+def step_layout(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
+    """Scores are reshaped and permuted as long as their axes can be followed."""
+    if not is_call(n, *LAYOUT):
         return None
-    tanh, cap = found
-    inner = scaled_by(arg(tanh, 0))
-    if s.scaled:
-        return refuse(facts, "unproven", n, "the softcap as the last factor", "scores scaled after it", s.progress)
-    if inner is None or not cap > 0 or not math.isclose(inner[1] * cap, 1.0, rel_tol=1e-12):
-        by = "nothing" if inner is None else f"{inner[1]}"
-        fix = "divide by the softcap, take tanh, multiply by the same softcap"
-        return refuse(facts, "arg", n, f"tanh of scores times 1/{cap}", f"scores times {by}", s.progress, fix)
-    s.softcap, s.scaled = cap, True
-    s.nodes |= {tanh, arg(tanh, 0)}  # type: ignore[arg-type]
-    return inner[0]
+    found = s.frame.above(n, s.axes)
+    if found is None:
+        return refuse(facts, "unproven", n, "scores whose axes can be followed", f"{n.target}", s.progress)
+    source, s.axes = found
+    s.nodes.update(layout_chain(n, source))
+    return source
+
+
+def step_softcap(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
+    """``tanh(x / c) * c``, and with any other factors: ``f tanh(x) = f tanh((f x) / f)`` is a softcap of f."""
+    if not is_call(n, aten.tanh.default):
+        return None
+    if s.softcap:
+        return refuse(facts, "op", n, "one softcap", "tanh of tanh", s.progress)
+    s.softcap = s.factor
+    return arg(n, 0)
 
 
 def step_scale(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
     """A product or quotient with a number."""
-    found = scaled_by(n)
+    found = scaled_by(n, facts)
     if found is None:
         return None
     source, factor = found
-    if not math.isfinite(factor):
-        return refuse(facts, "arg", n, "a finite scale", f"{factor}", s.progress)
-    s.scale *= factor
-    s.scaled = True
+    if not math.isfinite(factor) or not factor > 0:
+        return refuse(facts, "arg", n, "a finite, positive scale", f"{factor}", s.progress)
+    if dtype(facts, source) != dtype(facts, n):
+        return refuse(facts, "dtype", n, "a scale of the dtype of the scores", f"{dtype(facts, n)}", s.progress)
+    s.factor *= factor
     return source
 
 
 def step_bias(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
-    """``scores + bias``, either way round."""
+    """``scores + bias``, either way round, and ``scores - bias``."""
     if not is_call(n, aten.add.Tensor, aten.sub.Tensor):
         return None
     if arguments(n)["alpha"] != 1:
         found = f"alpha={arguments(n)['alpha']}"
         return refuse(facts, "arg", n, "scores + bias with alpha=1", found, s.progress, "multiply the bias itself")
-    if is_call(n, aten.sub.Tensor):
-        return refuse(facts, "op", n, "scores + bias", "a difference", s.progress, "add the negated bias")
-    ways = [(x, b) for x, b in commuted(n) if isinstance(x, fx.Node) and isinstance(b, fx.Node) and leads_to_product(x)]
-    if len(ways) != 1:
+    minus = is_call(n, aten.sub.Tensor)
+    ways = [(x, b) for x, b in commuted(n) if isinstance(x, fx.Node) and leads_to_product(x, facts)]
+    ways = [w for w in ways if same_shape(facts, w[0], n)] if len(ways) == 2 else ways
+    if len(ways) != 1 or arg(n, 0) is arg(n, 1):
         return refuse(facts, "op", n, "one summand that comes from q k^T", f"{len(ways)} of them", s.progress)
-    source, bias = ways[0]
-    if s.scaled:
-        fix = "add the bias after the scores are scaled"
-        return refuse(facts, "unproven", n, "a bias outside the scale", "a bias inside it", s.progress, fix)
-    if s.masks and s.fill != -math.inf:
-        # Under -inf masked means gone, as in flash attention; under a finite fill the bias still tells keys apart.
-        found = f"a bias under a mask that fills with {s.fill}"
-        return refuse(facts, "unproven", n, "a mask alone, or one of -inf", found, s.progress, "fill with -inf")
-    if not same_shape(facts, source, n):
-        found = f"{list(facts.val(n).shape)}"
-        return refuse(facts, "shape", n, "a bias that broadcasts to the scores", found, s.progress)
-    if not dtype(facts, bias).is_floating_point:
-        return refuse(facts, "dtype", n, "a floating-point bias", f"{dtype(facts, bias)}", s.progress)
-    s.biases.append(bias)
-    return source
+    ((source, bias),) = ways
+    if minus and source is not arg(n, 0):
+        return refuse(facts, "op", n, "scores + bias", "a bias less the scores", s.progress, "negate q")
+    return _add(n, source, bias, -s.factor if minus else s.factor, s, facts)
 
 
 def step_mask(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
-    """``masked_fill(scores, m, c)`` and ``where(m, scores, c)`` with ``c`` -inf or the dtype's lowest value."""
+    """``masked_fill(scores, m, c)`` and ``where(m, scores, c)`` with ``c`` -inf or the dtype's lowest value.
+
+    Another fill is no mask: the masked keys keep weights that flash attention cannot give them, for it would have to know
+    that no score of a row is as low.
+    """
     read = masked(n, facts)
     if read is None:
         return None
     source, mask, keep, fill = read
     fix = "fill with -inf or torch.finfo(dtype).min"
-    if fill is None or (fill != -math.inf and fill != torch.finfo(dtype(facts, n)).min):
+    lowest = {torch.finfo(kind).min for kind in (dtype(facts, n), torch.bfloat16)}
+    if fill is None or (fill != -math.inf and fill not in lowest):
         return refuse(facts, "unproven", n, "a fill that gives weight zero", f"{fill}", s.progress, fix)
-    if s.scaled or s.biases:
-        return refuse(facts, "unproven", n, "a mask as the last step before softmax", "more after it", s.progress, fix)
-    if s.masks and s.fill != fill:
-        return refuse(facts, "arg", n, f"one fill for all masks ({s.fill})", f"{fill}", s.progress, fix)
-    if not same_shape(facts, source, n):
-        return refuse(
-            facts, "shape", n, "a mask that broadcasts to the scores", f"{list(facts.val(n).shape)}", s.progress
-        )
-    s.masks.append((mask, keep))
-    s.fill = fill
+    narrow = torch.finfo(s.rounded or dtype(facts, n)).min
+    if fill != -math.inf and (s.factor > 1 or fill < narrow):
+        found = f"{fill}, which may overflow to -inf later"
+        return refuse(facts, "unproven", n, "a fill that stays finite or is -inf", found, s.progress, fix)
+    if s.softcap:
+        return refuse(facts, "unproven", n, "a mask outside the softcap", "a mask inside it", s.progress, fix)
+    axes = _aligned(n, source, mask, s, facts, "mask")
+    if isinstance(axes, NoMatch):
+        return axes
+    s.terms.append(Term(mask, axes, s.factor, keep, fill))
     return source
 
 
-STEPS: tuple[Step, ...] = (step_cast, step_softcap, step_scale, step_bias, step_mask)
+def added_product(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch:
+    """``baddbmm(bias, q, k^T, alpha=, beta=)``: a bias and a scale around the product that ends the walk."""
+    call = arguments(n)
+    alpha, beta = call["alpha"], call["beta"]
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (alpha, beta)) or not alpha > 0:
+        return refuse(facts, "arg", n, "a positive alpha and a finite beta", f"alpha={alpha}, beta={beta}", s.progress)
+    if beta != 0:
+        refusal = _add(n, n, call["self"], s.factor * beta, s, facts)
+        if isinstance(refusal, NoMatch):
+            return refusal
+    s.factor *= alpha
+    return n
 
 
-def walk_scores(n: Any, facts: Facts, steps: tuple[Step, ...] = STEPS) -> tuple[fx.Node, Scores] | NoMatch:
-    """The product q k^T above ``n`` and what stands in between, or why that is not known."""
-    scores = Scores()
-    while not is_call(n, *PRODUCTS):
-        if not isinstance(n, fx.Node) or n.op != "call_function":
-            raise AssertionError("leads_to_product was not asked")
-        scores.nodes.add(n)
+def _add(n: fx.Node, source: fx.Node, bias: Any, factor: float, s: Scores, facts: Facts) -> fx.Node | NoMatch:
+    if s.softcap:
+        fix = "add the bias after the softcap"
+        return refuse(facts, "unproven", n, "a bias outside the softcap", "a bias inside it", s.progress, fix)
+    if not isinstance(bias, fx.Node):
+        return refuse(
+            facts, "op", n, "scores + bias", f"scores + {bias}", s.progress, "drop the number: it has no effect"
+        )
+    if not dtype(facts, bias).is_floating_point:
+        return refuse(facts, "dtype", n, "a floating-point bias", f"{dtype(facts, bias)}", s.progress)
+    axes = _aligned(n, source, bias, s, facts, "bias")
+    if isinstance(axes, NoMatch):
+        return axes
+    if s.rounded is not None and not fits(facts, bias, s.rounded):
+        fix = f"compute the mask in {s.rounded}"
+        found = f"a bias in {dtype(facts, bias)} rounded to {s.rounded}, where it may overflow"
+        return refuse(facts, "unproven", n, "a bias that the scores' dtype holds", found, s.progress, fix)
+    s.terms.append(Term(bias, axes, factor))
+    return source
+
+
+def _aligned(n: fx.Node, source: fx.Node, term: fx.Node, s: Scores, facts: Facts, what: str) -> Axes | NoMatch:
+    level = facts.val(n).shape
+    axes = s.frame.aligned(facts.val(term).shape, s.axes, level)
+    if axes is None or not same_shape(facts, source, n):
+        return refuse(facts, "shape", n, f"a {what} that broadcasts to the scores", f"{list(level)}", s.progress)
+    return axes
+
+
+STEPS: tuple[Step, ...] = (step_cast, step_layout, step_softcap, step_scale, step_bias, step_mask)
+
+
+def walk_scores(n: fx.Node, s: Scores, facts: Facts, steps: tuple[Step, ...] = STEPS) -> fx.Node | NoMatch:
+    """The product q k^T above ``n``, with ``s`` what stands in between; or why that is not known."""
+    while not is_product(n, facts):
+        s.nodes.add(n)
         for step in steps:
-            found = step(n, scores, facts)
+            found = step(n, s, facts)
             if isinstance(found, NoMatch):
                 return found
             if found is not None:
                 n = found
                 break
         else:
-            return refuse(facts, "op", n, "scale, softcap, bias, mask or cast of q k^T", f"{n.target}", scores.progress)
-    scores.nodes.add(n)
-    return n, scores
+            return refuse(facts, "op", n, "scale, softcap, bias, mask or cast of q k^T", f"{n.target}", s.progress)
+    s.nodes.add(n)
+    return added_product(n, s, facts) if is_call(n, aten.baddbmm.default) else n
