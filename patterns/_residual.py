@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx
 
-from ascend_dynamo.contracts import Facts, NoMatch
+from ascend_dynamo.contracts import Builder, Facts, Match, NoMatch
 
 from ._calls import arg, arguments, aten, dtype, is_call, refuse, same_shape
+
+
+def above_reshape(facts: Facts, h: Any, ndim: int) -> tuple[Any, tuple[fx.Node, ...]]:
+    """(h, nothing), or (sum, the reshape) if ``h`` reshapes a sum without touching the last ``ndim`` axes.
+
+    The rows that a norm sees are then the rows of the sum (OPT flattens batch and sequence in the middle of a layer).
+    """
+    if not is_call(h, aten.reshape.default) or not is_call(arg(h, 0), aten.add.Tensor):
+        return h, ()
+    before, after = facts.val(arg(h, 0)).shape, facts.val(h).shape
+    rows = min(len(before), len(after)) >= ndim
+    if rows and all(facts.known(s == t) for s, t in zip(before[-ndim:], after[-ndim:], strict=True)):
+        return arg(h, 0), (h,)
+    return h, ()
+
+
+def outputs(b: Builder, m: Match, both: fx.Node) -> tuple[fx.Node, ...]:
+    """Replacements of a match's (norm, sum) or (norm, sum, reshaped sum) by the two results of the fused call."""
+    y, h = b.op(operator.getitem, both, 0), b.op(operator.getitem, both, 1)
+    norm, _, *more = m.outputs
+    if m.inputs["reshaped"]:
+        y = b.op(aten.reshape.default, y, list(norm.meta["val"].shape))
+    return y, h, *(b.op(aten.reshape.default, h, list(n.meta["val"].shape)) for n in more)
+
+
+def match_outputs(norm: fx.Node, total: fx.Node, between: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """The norm, the sum, and the reshaped sum where somebody else reads it too."""
+    return norm, total, *(n for n in between if len(n.users) > 1)
 
 
 def residual_add(facts: Facts, norm: fx.Node, h: Any) -> tuple[fx.Node, fx.Node] | NoMatch:

@@ -70,6 +70,48 @@ def test_residual_add_joins_the_norm():
     snapshot("add_layer_norm", result)
 
 
+def opt(x, residual, w, b):  # batch and sequence are flattened in the middle of a layer
+    h = (residual + x).reshape(-1, 16)
+    return (h + F.layer_norm(h, (16,), w, b)).view(2, 5, 16)
+
+
+def opt_end(x, residual, w, b):  # nobody reads the reshaped sum but the norm
+    h = (residual + x).view(2, 5, 16)
+    return F.layer_norm(h, (16,), w, b), residual + x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sum_reshaped_before_the_norm(dtype):
+    args = tuple(t.to(dtype) for t in residual_inputs())
+    result = fuse(opt, args, "add_layer_norm", level=1)
+    assert result.fired == ["add_layer_norm"] and result.ops("aten.add.Tensor") == 1
+    assert_same(opt, args, result, exact=True)
+    flat = (args[0].view(10, 16), args[1].view(10, 16), *args[2:])
+    result = fuse(opt_end, flat, "add_layer_norm", level=1)
+    assert result.fired == ["add_layer_norm"] and result.ops("aten.add.Tensor") == 0
+    assert_same(opt_end, flat, result, exact=True)
+
+
+def test_reshaped_sum_snapshot():
+    snapshot("add_layer_norm_reshaped", fuse(opt, residual_inputs(), "add_layer_norm"))
+
+
+def test_a_reshape_that_cuts_rows_stays():
+    def fn(x, residual):
+        return F.layer_norm((x + residual).view(2, 10, 8), (8,))
+
+    result = fuse(fn, residual_inputs()[:2], "add_layer_norm")
+    assert result.fired == [] and "a norm of aten.reshape" in result.missed("add_layer_norm").reason
+
+
+def test_a_permuted_sum_stays():
+    def fn(x, residual):
+        return F.layer_norm((x + residual).transpose(0, 1), (16,))
+
+    result = fuse(fn, residual_inputs()[:2], "add_layer_norm")
+    assert result.fired == [] and "a norm of aten.permute" in result.missed("add_layer_norm").reason
+
+
 def test_two_axes_stay():
     def fn(x, residual):
         return F.layer_norm(x + residual, (5, 16))

@@ -200,6 +200,26 @@ def test_residual_add_joins_the_norm_and_the_sum_lives_on(dtype):
     assert_same(stream, args, result, exact=True)
 
 
+def test_a_sum_reshaped_before_the_norm():
+    def fn(x, r, w):
+        h = (x + r).reshape(-1, 16)
+        return F.rms_norm(h, (16,), w, 1e-6), h
+
+    args = stream_inputs(torch.float32)
+    result = fuse(fn, args, "aten_rms_norm", "add_rms_norm")
+    assert result.count("add_rms_norm") == 1 and result.ops("aten.add.Tensor") == 0
+    assert_same(fn, args, result)
+
+
+def test_a_reshape_that_joins_two_of_the_norm_s_axes_stays():
+    def fn(x, r):
+        return F.rms_norm((x + r).reshape(2, 2, 5, 8), (5, 8), None, 1e-6)
+
+    args = stream_inputs(torch.float32)[:2]
+    result = fuse(fn, args, "aten_rms_norm", "add_rms_norm")
+    assert result.count("add_rms_norm") == 0 and "a norm of aten.reshape" in result.missed("add_rms_norm").reason
+
+
 def test_residual_snapshot():
     snapshot("add_rms_norm", fuse(stream, stream_inputs(), "rms_norm", "add_rms_norm"))
 
