@@ -1,14 +1,11 @@
 // Attention, as torch sees it: checks, shapes, and what the kernels do not know (other dtypes, rows that see nothing).
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mean.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/softmax.h>
-#include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -23,7 +20,7 @@ namespace ascend_cpu {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kBlockScores = 1 << 22;  // that the portable form holds at a time
+constexpr int64_t kBlockScores = 1 << 20;  // that the portable form holds at a time
 
 // What a call of attention means, beyond its tensors.
 struct Scores {
@@ -41,13 +38,16 @@ Scores scores_of(const at::Tensor& q, const at::Tensor& k, double scale, std::st
                     "ascend_cpu::flash_attention: causal must be none, top_left or bottom_right, got '", causal, "'");
   TORCH_CHECK_VALUE(empty_row == "nan" || empty_row == "zero" || empty_row == "uniform",
                     "ascend_cpu::flash_attention: empty_row must be nan, zero or uniform, got '", empty_row, "'");
-  TORCH_CHECK_VALUE(window < 0 || causal != "none", "ascend_cpu::flash_attention: a window needs causal");
-  return {scale, softcap, causal == "none" ? all : causal == "top_left" ? 0 : sk - sq,
-          window < 0 ? 2 * all + 1 : window, empty_row};
+  const int64_t last = causal == "none" ? all : causal == "top_left" ? 0 : sk - sq;
+  // Without causal, a window hides the keys before it only: j > i - window.
+  const int64_t width = window < 0 ? 2 * all + 1 : std::min(window, 2 * all + 1);
+  return {scale, softcap, last, causal == "none" && window >= 0 ? last + width : width, empty_row};
 }
 
 // The mean of all values [B, Hk, Dv] of a head, what a row that sees no key gets with empty_row "uniform".
-at::Tensor mean_value(const at::Tensor& v) { return at::mean(v, {2}, false, v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat); }
+at::Tensor mean_value(const at::Tensor& v) {
+  return at::mean(v, {2}, false, v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
 
 // The part of a mask or bias for queries [i0, i1) and keys [j0, j1); broadcast axes stay as they are.
 at::Tensor part(const at::Tensor& t, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
@@ -72,16 +72,17 @@ at::Tensor attention_portable(const at::Tensor& q, const at::Tensor& k, const at
     const int64_t j0 = std::clamp<int64_t>(i0 + how.last - how.window + 1, 0, j1), keys = j1 - j0;
     const at::Tensor mine = q.slice(2, i0, i1).to(wide).reshape({batch, hk, hq / hk * rows, q.size(3)});
     at::Tensor s = at::matmul(mine, wide_k.slice(2, j0, j1).transpose(-1, -2)).view({batch, hq, rows, keys});
-    s = at::mul(s, how.scale);
-    if (how.softcap > 0) s = at::tanh(s / how.softcap) * how.softcap;
-    if (bias) s = at::add(s, part(*bias, i0, i1, j0, j1).to(wide));
+    s.mul_(how.scale);
+    if (how.softcap > 0) s.div_(how.softcap).tanh_().mul_(how.softcap);
+    if (bias) s.add_(part(*bias, i0, i1, j0, j1));
     const at::Tensor i = at::arange(i0, i1, at::kLong).unsqueeze(1) + how.last, j = at::arange(j0, j1, at::kLong);
-    at::Tensor seen = (j <= i).logical_and(j > i - how.window);
-    if (mask) seen = seen.logical_and(part(*mask, i0, i1, j0, j1));
-    s = at::where(seen, s, -kInfinity);
+    at::Tensor hidden = (j > i).logical_or(j <= i - how.window);
+    if (mask) hidden = hidden.logical_or(part(*mask, i0, i1, j0, j1).logical_not());
+    s.masked_fill_(hidden, -kInfinity);
     if (sinks) s = at::cat({s, sinks->to(wide).view({1, -1, 1, 1}).expand({batch, hq, rows, 1})}, -1);
     const at::Tensor empty = (s == -kInfinity).all(-1, true);
-    const at::Tensor p = at::where(empty, 0., at::softmax(s, -1)).slice(-1, 0, keys);
+    s = at::softmax(s, -1).masked_fill_(empty, 0.);
+    const at::Tensor p = s.slice(-1, 0, keys);
     at::Tensor sum = at::matmul(p.reshape({batch, hk, hq / hk * rows, keys}), wide_v.slice(2, j0, j1));
     sum = sum.view({batch, hq, rows, dv});
     if (how.empty_row == "uniform")
@@ -93,17 +94,11 @@ at::Tensor attention_portable(const at::Tensor& q, const at::Tensor& k, const at
   return y;
 }
 
-// [B, Hq, Sq, Sk] by broadcasting, with neighbouring keys side by side; what is not broadcast is copied only if they
-// are not, and only as far as it is there.
+// [B, Hq, Sq, Sk] by broadcasting, with neighbouring keys side by side (or one value for all of them): copied only if
+// they are not, and only as far as it is there.
 at::Tensor operand(const at::Tensor& t, at::IntArrayRef sizes) {
-  at::Tensor own = t;
-  if (sizes[3] != 1 && (t.dim() == 0 || t.size(-1) == 1)) {
-    auto shape = t.dim() == 0 ? std::vector<int64_t>{1} : t.sizes().vec();
-    shape.back() = sizes[3];
-    own = t.expand(shape);
-  }
-  if (sizes[3] != 1 && own.stride(-1) != 1) own = own.contiguous();
-  return own.expand(sizes);
+  const bool fits = t.dim() == 0 || t.size(-1) == 1 || t.stride(-1) == 1 || t.stride(-1) == 0;
+  return (fits ? t : t.contiguous()).expand(sizes);
 }
 
 at::Tensor attention_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptTensor& bias,

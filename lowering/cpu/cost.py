@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 FEW_ROWS = 16  # rows of x up to which reading the weight dominates
+_PASSES, _STREAM = 4, 10e9  # over scores that are written out, at this many bytes/s
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,18 @@ def attention_gain(
     causal: bool,
     isa: str,
     threads: int,
+    fused: bool = True,
 ) -> float:
-    """Seconds that ``ascend_cpu.flash_attention`` saves against ATen's scaled_dot_product_attention."""
+    """Seconds that ``ascend_cpu.flash_attention`` saves against the reference.
+
+    That is ATen's flash attention if ``fused``; else the scores are written and read again, whatever the processor and
+    the dtype, and ours (which keeps a block of them) saves that at least.
+    """
+    scores = batch * heads * queries * keys
+    gain = 0.0 if fused else _PASSES * 4 * scores / _STREAM
     rates = _rates(dtype, isa, queries)
-    if rates is None:
-        return 0.0
-    work = 4 * batch * heads * queries * keys * dim * (0.5 if causal and queries > 1 else 1.0)
-    aten, ours = rates.decode if queries <= 2 else rates.prefill
-    return work / threads * (1 / aten - 1 / ours)
+    if rates is not None:
+        work = 4 * scores * dim * (0.5 if causal and queries > 1 else 1.0)
+        aten, ours = rates.decode if queries <= 2 else rates.prefill
+        gain += work / threads * (1 / aten - 1 / ours)
+    return gain

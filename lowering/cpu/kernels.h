@@ -29,7 +29,7 @@ struct Linear {
 
 // softmax(softcap(q @ k^T * scale) + bias, masked) @ v, streamed over the keys; row r of the result is query r.
 // Strides are (batch, head, row) in elements for q, k, v, y, whose last axis is contiguous, and (batch, head, row,
-// key) for bias and mask, 0 where broadcast. Hq is a multiple of Hk: query head h reads key head h / (Hq / Hk).
+// key) for bias and mask, 0 where broadcast; neighbouring keys are 1 apart, or 0. Hq is a multiple of Hk: query head h reads key head h / (Hq / Hk).
 struct Attention {
   Dtype dtype;
   const void *q, *k, *v;

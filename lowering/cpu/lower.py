@@ -36,6 +36,8 @@ class _Kernel:
     supports: Callable[[fx.Node, Facts], NoMatch | None]
     gain: Callable[[fx.Node, str], float]
     lower: Callable[[fx.Node, Builder], fx.Node]
+    dtypes: tuple[torch.dtype, ...] = _DTYPES
+    anywhere: bool = False  # worth having without vectors too
 
 
 class CpuLowering:
@@ -47,7 +49,9 @@ class CpuLowering:
     def __init__(self) -> None:
         self._kernels: dict[Any, _Kernel] = {
             _aten.linear.default: _Kernel(_linear_supported, _linear_gain, _lower_linear),
-            _ascend.flash_attention.default: _Kernel(_attention_supported, _attention_gain, _lower_attention),
+            _ascend.flash_attention.default: _Kernel(
+                _attention_supported, _attention_gain, _lower_attention, (*_DTYPES, torch.float16), anywhere=True
+            ),
             **{op: _Kernel(_epilogue_supported, _no_round_trip, _lower_epilogue) for op in _EPILOGUES},
         }
         self.ops: frozenset[Any] = frozenset(self._kernels)
@@ -60,14 +64,15 @@ class CpuLowering:
         return self._isa
 
     def supports(self, op: Any, n: fx.Node, facts: Facts) -> NoMatch | None:
-        wrong = _wrong_kind(n, facts) or self._kernels[op].supports(n, facts)
+        kernel = self._kernels[op]
+        wrong = _wrong_kind(n, kernel.dtypes, facts) or kernel.supports(n, facts)
         if wrong is not None:
             return wrong
         try:
             isa = self.isa
         except LoweringError as error:
             return NoMatch("op", n, "compiled CPU kernels", str(error), src=facts.src(n))
-        if isa == "portable":
+        if isa == "portable" and not kernel.anywhere:
             return NoMatch("op", n, "a processor with AVX-512-BF16", "one without", src=facts.src(n))
         return None
 
@@ -86,13 +91,13 @@ class CpuLowering:
         return Artifact(compat.inductor_compile(gm, values, static), g)
 
 
-def _wrong_kind(n: fx.Node, facts: Facts) -> NoMatch | None:
+def _wrong_kind(n: fx.Node, dtypes: tuple[torch.dtype, ...], facts: Facts) -> NoMatch | None:
     value = facts.val(n)
     if value.device.type != "cpu":
         return NoMatch("op", n, "a tensor on the CPU", f"one on {value.device}", src=facts.src(n))
-    if value.dtype not in _DTYPES:
-        found = str(value.dtype).removeprefix("torch.")
-        return NoMatch("dtype", n, "bfloat16 or float32", found, src=facts.src(n))
+    if value.dtype not in dtypes:
+        expected, found = (" or ".join(str(d).removeprefix("torch.") for d in ds) for ds in (dtypes, (value.dtype,)))
+        return NoMatch("dtype", n, expected, found, src=facts.src(n))
     return None
 
 
@@ -126,17 +131,19 @@ def _lower_linear(n: fx.Node, b: Builder) -> fx.Node:
 
 
 def _attention_supported(n: fx.Node, facts: Facts) -> NoMatch | None:
-    if n.kwargs.get("empty_row", "nan") == "uniform":
-        return NoMatch("arg", n, 'empty_row "zero" or "nan"', '"uniform"', src=facts.src(n))
     return _all_of(n, n.args, facts)
 
 
 def _attention_gain(n: fx.Node, isa: str) -> float:
-    q, k = n.args[0].meta["val"], n.args[1].meta["val"]  # type: ignore[union-attr]
+    q, k, v = (a.meta["val"] for a in n.args[:3])  # type: ignore[union-attr]
     batch, heads, queries, dim = map(compat.size_hint, q.shape)
-    causal = n.kwargs.get("causal", "none") != "none"
     keys, threads = compat.size_hint(k.shape[2]), torch.get_num_threads()
-    return attention_gain(batch, heads, queries, keys, dim, q.dtype, causal=causal, isa=isa, threads=threads)
+    # What ATen's flash attention does not do, the reference writes out.
+    plain = n.kwargs.get("softcap", 0.0) or n.kwargs.get("sinks") is not None or compat.size_hint(v.shape[3]) != dim
+    causal = n.kwargs.get("causal", "none") != "none"
+    return attention_gain(
+        batch, heads, queries, keys, dim, q.dtype, causal=causal, isa=isa, threads=threads, fused=not plain
+    )
 
 
 def _lower_attention(n: fx.Node, b: Builder) -> fx.Node:

@@ -33,18 +33,23 @@ inline __m512 cap_score(__m512 x, float cap) {
 }
 
 // The additive mask of one row for keys [j, j + 16), times log2(e). A finite one stays finite: a row whose keys all
-// carry finfo.min is a mean over them, not an empty row.
+// carry finfo.min is a mean over them, not an empty row. A key stride of 0 is one value for all keys.
 inline __m512 row_bias(const Attention& p, const void* bias, const bool* mask, int64_t j, __mmask16 live) {
   __m512 v = _mm512_setzero_ps();
   if (bias) {
-    v = p.bias_is_float ? _mm512_maskz_loadu_ps(live, static_cast<const float*>(bias) + j)
-                        : load(static_cast<const bf16*>(bias) + j, live);
+    if (p.bias_stride[3] == 0)
+      v = _mm512_set1_ps(p.bias_is_float ? *static_cast<const float*>(bias)
+                                         : _mm512_cvtss_f32(load(static_cast<const bf16*>(bias), 1)));
+    else
+      v = p.bias_is_float ? _mm512_maskz_loadu_ps(live, static_cast<const float*>(bias) + j)
+                          : load(static_cast<const bf16*>(bias) + j, live);
     const __mmask16 finite = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-kInf), _CMP_NEQ_UQ);
     v = _mm512_mul_ps(v, _mm512_set1_ps(kLog2e));
     v = _mm512_mask_max_ps(v, finite, _mm512_set1_ps(kLowest), v);
   }
   if (mask) {
-    const __mmask16 hidden = _mm_mask_testn_epi8_mask(live, _mm_maskz_loadu_epi8(live, mask + j), _mm_set1_epi8(-1));
+    const __m128i keep = p.mask_stride[3] == 0 ? _mm_set1_epi8(*mask) : _mm_maskz_loadu_epi8(live, mask + j);
+    const __mmask16 hidden = _mm_mask_testn_epi8_mask(live, keep, _mm_set1_epi8(-1));
     v = _mm512_mask_mov_ps(v, hidden, _mm512_set1_ps(-kInf));
   }
   return v;

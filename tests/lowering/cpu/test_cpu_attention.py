@@ -30,8 +30,8 @@ def meaning(
     seen = torch.ones(sq, sk, dtype=torch.bool)
     if causal != "none":
         seen = j <= i
-        if window >= 0:
-            seen = seen & (j > i - window)
+    if window >= 0:
+        seen = seen & (j > i - window)
     seen = seen.expand(s.shape) if mask is None else seen & mask.expand(s.shape)
     s = torch.where(seen, s, -math.inf)
     if sinks is not None:
@@ -67,9 +67,9 @@ dims = st.sampled_from([1, 2, 7, 8, 16, 17, 33, 64, 80, 128])
     d=dims,
     dv=dims,
     causal=st.sampled_from(["none", "top_left", "bottom_right"]),
-    window=st.sampled_from([-1, 1, 5, 40]),
-    biased=st.sampled_from(["", "full", "row", "float", "head"]),
-    masked=st.sampled_from(["", "full", "keys"]),
+    window=st.sampled_from([-1, 0, 1, 5, 40, 1 << 40]),
+    biased=st.sampled_from(["", "full", "row", "float", "head", "queries"]),
+    masked=st.sampled_from(["", "full", "keys", "queries"]),
     softcap=st.sampled_from([0.0, 0.0, 3.0]),
     sinks=st.booleans(),
     empty_row=st.sampled_from(["nan", "zero", "uniform"]),
@@ -82,14 +82,13 @@ def test_any_case(path, batch, heads, sq, sk, d, dv, causal, window, biased, mas
         return torch.randn(*shape, generator=g).bfloat16()
 
     hq, hk = heads
-    kw = {"scale": d**-0.5, "causal": causal, "softcap": softcap, "empty_row": empty_row}
-    if causal != "none":
-        kw["window"] = window
+    kw = {"scale": d**-0.5, "causal": causal, "softcap": softcap, "empty_row": empty_row, "window": window}
     bias_shapes = {"full": (batch, hq, sq, sk), "row": (batch, 1, 1, sk), "float": (1, 1, sq, sk), "head": (hq, 1, sk)}
+    bias_shapes["queries"] = (1, hq, sq, 1)
     if biased:
         kw["bias"] = draw(*bias_shapes[biased]).to(torch.float32 if biased == "float" else torch.bfloat16)
     if masked:
-        shape = (batch, hq, sq, sk) if masked == "full" else (batch, 1, 1, sk)
+        shape = {"full": (batch, hq, sq, sk), "keys": (batch, 1, 1, sk), "queries": (1, 1, sq, 1)}[masked]
         kw["mask"] = torch.rand(*shape, generator=g) < 0.7
     if sinks:
         kw["sinks"] = draw(hq)
@@ -106,20 +105,19 @@ def test_any_case(path, batch, heads, sq, sk, d, dv, causal, window, biased, mas
     causal=st.sampled_from(["none", "top_left", "bottom_right"]),
     biased=st.sampled_from(["", "row", "head"]),
     masked=st.booleans(),
+    window=st.sampled_from([-1, -1, 20]),
     capped=st.booleans(),
     sinks=st.booleans(),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     seed=st.integers(0, 1000),
 )
-def test_one_query(heads, sk, d, dv, causal, biased, masked, capped, sinks, dtype, seed):
+def test_one_query(heads, sk, d, dv, causal, biased, masked, window, capped, sinks, dtype, seed):
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=g).to(dtype)
 
-    kw = {"scale": d**-0.5, "causal": causal, "softcap": 4.0 if capped else 0.0}
-    if causal == "bottom_right" and seed % 2:
-        kw["window"] = 20
+    kw = {"scale": d**-0.5, "causal": causal, "softcap": 4.0 if capped else 0.0, "window": window}
     if biased:
         kw["bias"] = draw(1, 1, 1, sk) if biased == "row" else draw(2, heads[0], 1, sk).bfloat16()
     if masked:
@@ -213,7 +211,6 @@ def test_no_keys():
     [
         ({"causal": "yes"}, "causal must be"),
         ({"empty_row": "mean"}, "empty_row must be"),
-        ({"window": 3}, "a window needs causal"),
         ({"mask": torch.ones(1, 1, 1, 300)}, "mask must be bool"),
     ],
 )

@@ -59,8 +59,11 @@ def test_an_activation_is_not_taken_from_a_linear_that_others_use() -> None:
     ("call", "dtype", "reason"),
     [
         (lambda q: attention(q, q, q, scale=0.3, empty_row="zero"), torch.bfloat16, ""),
-        (lambda q: attention(q, q, q, scale=0.3, empty_row="uniform"), torch.bfloat16, "empty_row"),
+        (lambda q: attention(q, q, q, scale=0.3, empty_row="uniform"), torch.bfloat16, ""),
         (lambda q: attention(q, q, q, scale=0.3), torch.float64, "expected bfloat16 or float32"),
+        (lambda q: attention(q, q, q, scale=0.3), torch.float16, "would cost"),
+        (lambda q: attention(q, q, q, scale=0.3, softcap=5.0), torch.float16, ""),
+        (lambda q: attention(q, q, q[..., :8], scale=0.3), torch.float16, ""),
     ],
 )
 def test_attention(call, dtype: torch.dtype, reason: str) -> None:  # type: ignore[no-untyped-def]
