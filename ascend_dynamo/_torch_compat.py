@@ -300,13 +300,24 @@ def plain_inference(gm: fx.GraphModule, example_inputs: Sequence[Any], *, eager:
     return aot_compile(gm, example_inputs, compiler, None if eager else inductor_decompositions())
 
 
-def symbolic_fakes(tensors: Sequence[torch.Tensor]) -> tuple[Any, list[Any]]:
-    """A fake mode with a shape environment, and fakes whose sizes above 1 are symbols (equal sizes share one)."""
+def symbolic_fakes(
+    tensors: Sequence[torch.Tensor], axes: Sequence[Sequence[int]] | None = None
+) -> tuple[Any, list[Any]]:
+    """A fake mode with a shape environment, and fakes whose sizes above 1 are symbols (equal sizes share one).
+
+    ``axes`` names the symbolic axes of each tensor; by default all are.
+    """
     from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
-    return mode, [mode.from_tensor(t, static_shapes=False) for t in tensors]
+    if axes is None:
+        return mode, [mode.from_tensor(t, static_shapes=False) for t in tensors]
+    fakes = []
+    for t, symbolic in zip(tensors, axes, strict=True):
+        sizes = [DimDynamic.DUCK if d in symbolic else DimDynamic.STATIC for d in range(t.dim())]
+        fakes.append(mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    return mode, fakes
 
 
 def privateuse1_name() -> str:

@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_patterns_show)
     check = verbs.add_parser("check", help="lint the registry and fuzz every pattern over its domain")
     check.add_argument("--budget", type=_positive, default=20, metavar="N", help="fuzz cases per pattern (default 20)")
+    check.add_argument(
+        "--spellings", type=_count, default=200, metavar="N", help="random spellings per grammar (default 200, 0: none)"
+    )
     check.add_argument("--seed", type=int, default=0, help="the same seed draws the same cases (default 0)")
     check.add_argument("--only", action="append", metavar="NAME", help="check this pattern (may be repeated)")
     check.add_argument("--json", action="store_true", help="machine-readable")
@@ -80,6 +83,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
 
 
@@ -148,7 +158,7 @@ def _patterns_check(args: argparse.Namespace) -> int:
 
     among = [p for p, _ in _catalogue()]
     chosen = [p for p, _ in _named(args.only)] if args.only else among
-    result = check(chosen, among, budget=args.budget, seed=args.seed)
+    result = check(chosen, among, budget=args.budget, seed=args.seed, spellings=args.spellings)
     _say(json.dumps(result.to_dict(), indent=2) if args.json else "\n".join(check_lines(result)))
     return FOUND if result.findings else OK
 

@@ -20,10 +20,9 @@ from torch._subclasses import FakeTensorMode
 from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo import capture
 from ascend_dynamo.contracts import GraphUnit, Pattern
-from ascend_dynamo.match.agree import differs_at_dtype, differs_in_algebra, liftable
 from ascend_dynamo.match.cases import Case, draw_case
+from ascend_dynamo.match.difference import difference
 from ascend_dynamo.match.driver import run_patterns
-from ascend_dynamo.match.evaluate import run_unit
 from ascend_dynamo.match.finding import Finding
 from ascend_dynamo.match.mutate import copy_unit, mutated, mutations
 from ascend_dynamo.match.registry import Registry
@@ -121,32 +120,12 @@ class _Fuzz:
             record = self.rewrite(after, text, self.among)
         if record is None or not record.fired:
             return record
-        nodes = [n for u in (unit, after) for n in u.gm.graph.nodes]
-        exact = liftable(nodes)
-        inputs = case.tensors()
-        try:
-            with compat.no_dispatch_modes():
-                was64, was = run_unit(unit, inputs, lifted=True), run_unit(unit, inputs)
-        except Exception as error:
-            if check == "domain":  # a spelling of ours must run; a changed one need not
-                self.found(check, f"the spelling does not run: {type(error).__name__}: {error}", text)
-            return record
-        try:
-            with compat.no_dispatch_modes():
-                now64, now = run_unit(after, inputs, lifted=True), run_unit(after, inputs)
-        except Exception as error:
-            self.found(check, f"what it makes does not run: {type(error).__name__}: {error}", text)
-            return record
-        for i, (a, b, a64, b64) in enumerate(zip(was, now, was64, now64, strict=True)):
-            fault = differs_in_algebra(a64, b64, exact)
-            where = "in float64"
-            if not fault:
-                fault, where = differs_at_dtype(a, b, a64, self.level if check == "domain" else 2), f"at {a.dtype}"
-            if not fault and i < len(expected):
-                fault, where = differs_at_dtype(expected[i], b, a64, 2), "from eager"
-            if fault:
-                self.found(check, f"output {i} differs {where} {fault}", text)
-                return record
+        level = self.level if check == "domain" else 2
+        fault = difference(unit, after, case.tensors(), level=level, expected=expected)
+        if fault is not None and (
+            fault.runs or check == "domain"
+        ):  # a spelling of ours must run; a changed one need not
+            self.found(check, fault.sentence, text)
         return record
 
     def rewrite(self, unit: GraphUnit, text: str, among: Sequence[Any]) -> CompileRecord | None:

@@ -27,13 +27,14 @@ from ascend_dynamo.match import ProceduralPattern
 
 from .._calls import arg, ascend, aten, convert, dtype, is_call, leaks, rank, refuse
 from ..spellings.attention import SPELLINGS, fuzz_inputs
+from ..spellings.grammar import ATTENTION
 from .frame import Atoms, Axes, Frame
 from .groups import Groups, Sinks, find_groups, find_sinks
 from .near import no_product
 from .operands import Operand, common_dtype, emit, find_operand
 from .read import leads_to_product
 from .softmax import ANCHORS, Softmax, read_softmax
-from .terms import Plan, emit_bias, emit_mask, plan
+from .terms import Plan, emit_bias, emit_blind, emit_mask, plan
 from .walk import Scores, walk_scores
 from .weights import Weighted, walk_weights
 
@@ -65,6 +66,7 @@ class EagerAttention(ProceduralPattern):
     domain = Domain(shapes={"q": ("B", "Hq", "Sq", "D"), "k": ("B", "Hk", "Sk", "D"), "v": ("B", "Hk", "Sk", "Dv")})
     eager = SPELLINGS
     emits = frozenset({"ascend.flash_attention"})
+    grammar = ATTENTION
 
     def match(self, anchor: fx.Node, facts: Facts) -> Match | NoMatch:
         softmax = read_softmax(anchor, facts)
@@ -88,6 +90,8 @@ class EagerAttention(ProceduralPattern):
         frame, g, w = found.frame, found.groups, found.weighted
         head = found.q.features
         q = emit(b, frame, found.q, (g.batch, g.heads, g.rows, head), found.working)
+        if found.plan.blind:
+            q = b.op(aten.masked_fill.Scalar, q, emit_blind(b, frame, found.plan.biases, g.scores), 0.0)
         k = emit(b, frame, found.k, (g.batch, g.key_heads, g.keys, head), found.working)
         v = emit(b, frame, found.v, (g.batch, g.key_heads, g.keys, found.v.features), found.working)
         factor = found.scores.factor * found.q.factor * found.k.factor

@@ -24,6 +24,7 @@ from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
 from .._calls import arguments, ascend, aten, dtype, rank, refuse
+from ..spellings.grammar import ATTENTION
 from .frame import Frame
 from .groups import Groups, find_groups
 from .operands import Operand, emit, find_operand
@@ -59,6 +60,7 @@ class Sdpa(ProceduralPattern):
     domain = Domain(shapes={"q": ("B", "Hq", "Sq", "D"), "k": ("B", "Hk", "Sk", "D"), "v": ("B", "Hk", "Sk", "D")})
     eager = (plain, causal, boolean, grouped, repeated)
     emits = frozenset({"ascend.flash_attention"})
+    grammar = ATTENTION
 
     def match(self, anchor: fx.Node, facts: Facts) -> Match | NoMatch:
         call = arguments(anchor)
@@ -116,7 +118,7 @@ _Parts = tuple[tuple[Operand, Operand, Operand], Groups, Any, Any]
 
 
 def _operands(frame: Frame, q: fx.Node, k: fx.Node, v: fx.Node, gqa: bool, anchor: fx.Node) -> _Parts | NoMatch:
-    """q, k and v, the roles of their axes, the columns of v and the axes of the scores; a refusal if sizes may not fit."""
+    """q, k and v, the roles of their axes, the columns of v, the axes of the scores; a refusal if sizes may not fit."""
     facts = frame.facts
     shapes = [facts.val(n).shape for n in (q, k, v)]
     (*bq, sq, dq), (*bk, sk, dk), (*bv, sv, dv) = shapes

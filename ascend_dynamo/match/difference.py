@@ -1,0 +1,79 @@
+"""Running a graph before and after a rewrite on the same numbers, and saying how the results differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ascend_dynamo import _torch_compat as compat
+from ascend_dynamo.contracts import GraphUnit
+from ascend_dynamo.match.agree import differs_at_dtype, differs_in_algebra, liftable
+from ascend_dynamo.match.evaluate import run_unit
+from ascend_dynamo.match.mutate import copy_unit
+
+convert = torch.ops.prims.convert_element_type.default
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A difference in one sentence; ``runs`` is False if the graph before the rewrite does not even run."""
+
+    sentence: str
+    runs: bool = True
+
+
+def difference(
+    unit: GraphUnit, after: GraphUnit, inputs: Sequence[torch.Tensor], *, level: int = 2, expected: Sequence[Any] = ()
+) -> Fault | None:
+    """How ``after`` differs from ``unit`` on ``inputs``: in float64, at its own dtype, and from what eager gave.
+
+    A cast to less precision than any input has is part of the meaning, in float64 too; one to the precision of the
+    inputs is rounding like any other.
+    """
+    nodes = [n for u in (unit, after) for n in u.gm.graph.nodes]
+    exact = liftable(nodes)
+    rounded = [_keep_rounding(u, inputs) for u in (unit, after)]
+    try:
+        with compat.no_dispatch_modes():
+            was64, was = run_unit(rounded[0], inputs, lifted=True), run_unit(unit, inputs)
+    except Exception as error:
+        return Fault(f"the spelling does not run: {type(error).__name__}: {error}", runs=False)
+    try:
+        with compat.no_dispatch_modes():
+            now64, now = run_unit(rounded[1], inputs, lifted=True), run_unit(after, inputs)
+    except Exception as error:
+        return Fault(f"what it makes does not run: {type(error).__name__}: {error}")
+    for i, (a, b, a64, b64) in enumerate(zip(was, now, was64, now64, strict=True)):
+        fault = differs_in_algebra(a64, b64, exact)
+        where = "in float64"
+        if not fault:
+            fault, where = differs_at_dtype(a, b, a64, level), f"at {a.dtype}"
+        if not fault and i < len(expected):
+            fault, where = differs_at_dtype(expected[i], b, a64, 2), "from eager"
+        if fault:
+            return Fault(f"output {i} differs {where} {fault}")
+    return None
+
+
+def _keep_rounding(unit: GraphUnit, inputs: Sequence[torch.Tensor]) -> GraphUnit:
+    """The unit with casts to less precision than any input has as calls that round in float64 as well."""
+    floats = [torch.finfo(t.dtype).eps for t in inputs if t.dtype.is_floating_point]
+
+    def coarse(n: Any) -> bool:
+        dtype = n.args[1] if n.target is convert else None
+        return isinstance(dtype, torch.dtype) and dtype.is_floating_point and torch.finfo(dtype).eps > max(floats)
+
+    if not floats or not any(n.op == "call_function" and coarse(n) for n in unit.gm.graph.nodes):
+        return unit
+    made = copy_unit(unit)
+    for n in made.gm.graph.nodes:
+        if n.op == "call_function" and coarse(n):
+            n.target, n.args = _rounded, (n.args[0], str(n.args[1]).removeprefix("torch."))
+    return made
+
+
+def _rounded(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    return x.to(getattr(torch, dtype)).to(x.dtype)
