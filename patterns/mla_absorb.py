@@ -69,11 +69,11 @@ class MlaAbsorb(ProceduralPattern):
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         mla: LatentAttention = m.inputs["mla"]
         latent, rope = mla.latent.emit(b), mla.rope.emit(b)
-        q_latent = _per_head(b, mla.query(b, mla.nope), mla.w_uk, transposed=False)
+        q_latent = _queries_to_latents(b, mla.query(b, mla.nope), mla.w_uk)
         q = b.op(aten.cat.default, [q_latent, mla.query(b, mla.roped)], 3)
         k = b.op(aten.cat.default, [latent, rope], 3)
         y = b.op(ascend.flash_attention.default, q, k, latent, **mla.attention.kwargs)
-        return (_per_head(b, y, mla.w_uv, transposed=True),)
+        return (_latents_to_values(b, y, mla.w_uv),)
 
     def fuzz_inputs(self, rng: random.Random, dtype: torch.dtype, spelling: int) -> tuple[Any, ...]:
         return fuzz_inputs(rng, dtype, spelling)
@@ -92,20 +92,31 @@ def keys_from_which_it_pays(queries: Any, nope: int, value: int, rank: int, rope
     return -(-GAIN * queries * expand // per_key) if per_key > 0 else None
 
 
-def _per_head(b: Builder, x: fx.Node, weights: HeadWeights, *, transposed: bool) -> fx.Node:
-    """x [B, H, S, M] times the weights [H, M, R] of its head, or x [B, H, S, R] times their transposes.
+def _queries_to_latents(b: Builder, q: fx.Node, weights: HeadWeights) -> fx.Node:
+    """q [B, H, S, N] times the weights [H, N, R] of its head: [B, H, S, R].
 
-    Heads lead, so that the weights are read where they lie: with batches in front, matmul would copy them per batch.
+    Heads lead, here and below, so that the weights are read where they lie: with batches in front, matmul would copy
+    them for each.
     """
-    batch, heads, tokens, width = x.meta["val"].shape
-    w = weights.emit(b)
-    if transposed:
-        w = b.op(aten.permute.default, w, [0, 2, 1])
-    x = b.op(aten.permute.default, x, [1, 0, 2, 3])
-    x = b.op(aten.reshape.default, x, [heads, batch * tokens, width])
-    y = b.op(aten.matmul.default, x, w)
-    y = b.op(aten.reshape.default, y, [heads, batch, tokens, y.meta["val"].shape[2]])
-    return b.op(aten.permute.default, y, [1, 0, 2, 3])
+    batch, heads, tokens, width = q.meta["val"].shape
+    q = b.op(aten.permute.default, q, [1, 0, 2, 3])
+    q = b.op(aten.reshape.default, q, [heads, batch * tokens, width])
+    q = b.op(aten.matmul.default, q, weights.emit(b))
+    q = b.op(aten.reshape.default, q, [heads, batch, tokens, q.meta["val"].shape[2]])
+    return b.op(aten.permute.default, q, [1, 0, 2, 3])
+
+
+def _latents_to_values(b: Builder, y: fx.Node, weights: HeadWeights) -> fx.Node:
+    """y [B, H, S, R] times the transposed weights [H, V, R] of its head: [B, H, S, V].
+
+    The weights come first: a bfloat16 matmul whose second operand is transposed copies it (four times slower here).
+    """
+    batch, heads, tokens, rank = y.meta["val"].shape
+    y = b.op(aten.permute.default, y, [1, 3, 0, 2])
+    y = b.op(aten.reshape.default, y, [heads, rank, batch * tokens])
+    y = b.op(aten.matmul.default, weights.emit(b), y)
+    y = b.op(aten.reshape.default, y, [heads, weights.size, batch, tokens])
+    return b.op(aten.permute.default, y, [2, 0, 3, 1])
 
 
 PATTERNS = (MlaAbsorb(),)

@@ -92,6 +92,7 @@ def flash_attention_samples(d: Draw) -> Iterator[Sample]:
     yield Sample(qkv(sq=6, sk=6), {**s, "causal": "bottom_right"}, "square")
     yield Sample(qkv(sq=1), {**s, "causal": "bottom_right", "empty_row": "zero"}, "decode")
     yield Sample(qkv(dv=4), s, "values of another size")
+    yield Sample(qkv(sq=1, hk=1, dv=4), s, "decode on latents")
     yield Sample(qkv(), {**s, "bias": d.normal(1, 4, 5, 7)}, "bias")
     yield Sample(qkv(), {**s, "bias": d.normal(5, 7, dtype=torch.float32), "mask": hole[:1]}, "bias and mask")
     for empty_row in ("nan", "uniform", "zero"):

@@ -136,7 +136,21 @@ def _through_sdpa(
             attn_mask = torch.where(keep, attn_mask, -math.inf)
     while attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask.unsqueeze(0)  # fused kernels take a mask of rank 2 or 4, not 3
+    if gqa and known(sq == 1) and _other_value_size(q, v) and _same_for_heads(attn_mask):
+        # Values of another size take aten's plain path, which repeats the keys: 100 times slower than heads as queries.
+        folded = q.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[-1])
+        y = F.scaled_dot_product_attention(folded, k, v, attn_mask=attn_mask, scale=scale)
+        return y.reshape(*q.shape[:3], v.shape[-1]), keep
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=gqa), keep
+
+
+def _other_value_size(q: Tensor, v: Tensor) -> bool:
+    return isinstance(q.shape[-1], int) and isinstance(v.shape[-1], int) and q.shape[-1] != v.shape[-1]
+
+
+def _same_for_heads(mask: Tensor | None) -> bool:
+    """True if a mask [..., Sq, Sk] is known to treat all heads alike."""
+    return mask is None or mask.dim() < 3 or known(mask.shape[-3] == 1)
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:

@@ -138,7 +138,7 @@ def test_weights_are_views():
     derived = {str(n.target) for n in unit.prologue.graph.find_nodes(op="placeholder")}
     assert len(absorbed) == 2
     for product in absorbed:
-        n = product.args[1]
+        n = next(a for a in product.args if a.meta["val"].shape[1] in (N, V))
         while n.op == "call_function":
             assert n.target in LAYOUT
             n = n.args[0]
@@ -187,6 +187,22 @@ def test_everything_else_is_handed_over():
     result = fuse(fn, args, *MLA)
     assert result.count("mla_absorb") == 1
     assert "scale=0.7" in result.after and "softcap=5.0" in result.after and "bias=%x4" in result.after
+    assert_same(fn, args, result)
+
+
+@pytest.mark.parametrize("heads", [1, H])
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min])
+def test_rows_without_keys_stay_as_they_are(fill, heads):
+    def fn(q, c, r, w, keep):
+        kv = F.linear(c, w).view(B, S, H, N + V).transpose(1, 2)
+        k = torch.cat((kv[..., :N], r[:, None].expand(-1, H, -1, -1)), dim=-1)
+        return torch.softmax(torch.where(keep, q @ k.mT * 0.3, fill), -1) @ kv[..., N:]
+
+    keep = torch.rand(B, heads, 1, S) < 0.5
+    keep[1] = False
+    args = (*inputs(torch.float32), keep)
+    result = fuse(fn, args, *MLA)
+    assert result.count("mla_absorb") == 1
     assert_same(fn, args, result)
 
 
