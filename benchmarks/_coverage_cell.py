@@ -77,9 +77,11 @@ class Cell:
             if step == 0:
                 first_step = len(backend.records)
         wrong = judge(*(torch.cat(answers) for answers in said.values()))
-        out["decode"] = self.report(backend.records[before:first_step], "decode", wrong)
-        out["decode"]["graphs"] = len(backend.records) - before
-        return out
+        # Each later graph (of a growing cache: the one for all its sizes) is a whole step, as the first one is.
+        whole = [backend.records[before:first_step]]
+        if first_step == before + 1:
+            whole += [[r] for r in backend.records[first_step:]]
+        return {**out, "decode": self.poorest(whole, wrong, graphs=len(backend.records) - before)}
 
     def generate(self) -> dict[str, Any]:
         """Greedy tokens through ``hf.compile_config``, twice, with a fresh StaticCache each."""
@@ -91,11 +93,10 @@ class Cell:
         graphs = hf.compile_count(config)
         second = self._generate(compile_config=config)
         records = config.backend.records
-        # A sliding window that fills up makes a second graph of the same step: the poorer one counts.
-        agreed = self._same(first, eager) or self._same(second, eager)
-        reports = [self.report([r], "decode", agreed) for r in records[:graphs]]
-        out = min(reports, key=lambda r: (-len(r["short"]), sum(r["fused"].values())))
-        return {**out, "graphs": graphs, "graphs_again": len(records) - graphs}
+        wrong = self._same(first, eager) or self._same(second, eager)
+        # A sliding window that fills up makes a second graph of the same step.
+        out = self.poorest([[r] for r in records[:graphs]], wrong, graphs=graphs)
+        return {**out, "graphs_again": len(records) - graphs}
 
     def _generate(self, **more: Any) -> Tensor:
         given = inputs.make(self.kind, self.model)
@@ -126,6 +127,12 @@ class Cell:
             if margin > budget:
                 return f"token {at + 1} of row {row} differs by a margin of {margin:.3g}, more than {budget:.3g}"
         return ""
+
+    def poorest(self, steps: list[list[CompileRecord]], wrong: str, graphs: int) -> dict[str, Any]:
+        """The report of the decode step in which most is missing."""
+        reports = [self.report(records, "decode", wrong) for records in steps]
+        worst = min(reports, key=lambda r: (-len(r["short"]), sum(r["fused"].values())))
+        return {**worst, "graphs": graphs}
 
     def report(self, records: list[CompileRecord], stage: str, wrong: str) -> dict[str, Any]:
         expected = self.family.expected(self.model.config, stage)
