@@ -28,6 +28,7 @@ from ascend_dynamo.match import ProceduralPattern
 from .._calls import arg, ascend, aten, convert, dtype, is_call, leaks, rank, refuse
 from ..spellings.attention import SPELLINGS, fuzz_inputs
 from ..spellings.grammar import ATTENTION
+from .flags import Flagged, masks_only, whole
 from .frame import Atoms, Axes, Frame
 from .groups import Groups, Sinks, find_groups, find_sinks
 from .near import no_product
@@ -50,7 +51,7 @@ class Attention:
     k: Operand
     v: Operand
     groups: Groups
-    plan: Plan
+    plan: Flagged
     scores: Scores
     weighted: Weighted
     sinks: Sinks | None
@@ -83,7 +84,7 @@ class EagerAttention(ProceduralPattern):
         if refusal is not None:
             return refusal
         inputs = {"attention": found, **{name: p.node for name, p in zip("qkv", parts, strict=True)}}
-        return Match(self.name, anchor, nodes, inputs, (w.output,), found.plan.assumes)
+        return Match(self.name, anchor, nodes, inputs, (w.output,), found.plan.notes)
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         found: Attention = m.inputs["attention"]
@@ -96,6 +97,7 @@ class EagerAttention(ProceduralPattern):
         v = emit(b, frame, found.v, (g.batch, g.key_heads, g.keys, found.v.features), found.working)
         factor = found.scores.factor * found.q.factor * found.k.factor
         options: dict[str, Any] = {"scale": factor, "softcap": found.scores.softcap, "empty_row": found.empty_row}
+        options.update(found.plan.options)
         bias = emit_bias(b, frame, found.plan.biases, g.scores)
         mask = emit_mask(b, frame, found.plan.masks, g.scores)
         sinks = found.sinks.emit(b, frame, g) if found.sinks is not None else None
@@ -138,13 +140,16 @@ def recognise(s: Softmax, facts: Facts) -> Attention | NoMatch:
     groups = find_groups(frame, level, s.dim, stored, (rows, weighted.rows), varied)
     if sinks is not None and not {a for atoms in sinks.axes for a in frame.leaves(atoms)} <= set(groups.heads):
         return refuse(facts, "shape", sinks.node, "one sink per head", "sinks that vary otherwise", 0.8)
-    made = plan(scores.terms, facts)
-    if isinstance(made, NoMatch):
-        return made
-    empty_row = _empty_row(s, scores, weighted, made, facts)
-    if isinstance(empty_row, NoMatch):
-        return empty_row
-    return Attention(frame, q, k, v, groups, made, scores, weighted, sinks, kind, empty_row)
+    made = whole(scores.terms, frame, groups, s.zero) if s.shifted and not weighted.zeros else None
+    if made is None:
+        spelled = plan(scores.terms, facts, sinks is not None)
+        if isinstance(spelled, NoMatch):
+            return spelled
+        empty_row = _empty_row(s, scores, weighted, spelled, facts)
+        if isinstance(empty_row, NoMatch):
+            return empty_row
+        made = masks_only(spelled, empty_row, frame, groups)
+    return Attention(frame, q, k, v, groups, made, scores, weighted, sinks, kind, made.empty_row)
 
 
 def _query_and_key(

@@ -1,8 +1,8 @@
 """The axes of one attention, whatever shapes its scores pass through.
 
-Scores are reshaped and permuted on their way: [B*H, Sq, Sk], [B, Hk, G, Sq, Sk], [B, Sq, H, Sk], ... A ``Frame`` names the
-pieces of their axes once ("atoms"), and says of every tensor on the way which atoms each of its axes is made of, outer
-to inner. An atom is split as soon as some shape tells its pieces apart. Axes of size one hold no atom.
+Scores are reshaped and permuted on their way: [B*H, Sq, Sk], [B, Hk, G, Sq, Sk], [B, Sq, H, Sk], ... A ``Frame``
+names the pieces of their axes once ("atoms"), and says of every tensor on the way which atoms each of its axes is made
+of, outer to inner. An atom is split as soon as some shape tells its pieces apart. Axes of size one hold no atom.
 """
 
 from __future__ import annotations

@@ -33,16 +33,16 @@ def find_groups(
 ) -> Groups:
     """Roles of the axes ``axes`` of the scores, of which ``dim`` are the keys.
 
-    ``stored`` are the atoms that k or v vary along: batch and key heads; along all others only queries differ. Of these,
-    ``rows`` (the row axes of both products) and then ``varied`` (what masks and biases depend on) tell which count queries
-    and which count heads that share keys. Any choice is right; this one keeps masks readable and small.
+    ``stored`` are the atoms that k or v vary along: batch and key heads; along all others only queries differ. Of
+    these, ``rows`` (the row axes of both products) and then ``varied`` (what masks and biases depend on) tell which
+    count queries and which count heads that share keys. Any choice is right; this one keeps masks readable and small.
     """
     keys = frame.leaves(axes[dim])
     rest = [frame.leaves(atoms) for i, atoms in enumerate(axes) if i != dim]
     free = {atom for atoms in rest for atom in atoms if atom not in stored}
     common = set.intersection(*(set(frame.leaves(r)) for r in rows))
-    candidates = [i for i, atoms in enumerate(rest) if atoms and free.issuperset(atoms)]
-    best = max(candidates, key=lambda i: (common.issuperset(rest[i]), not varied.isdisjoint(rest[i]), i), default=None)
+    candidates = [i for i, atoms in enumerate(rest) if atoms and (free & common).issuperset(atoms)]
+    best = max(candidates, key=lambda i: (not varied.isdisjoint(rest[i]), i), default=None)
     queries = () if best is None else rest.pop(best)
     groups = tuple(atom for atoms in rest for atom in atoms if atom in free)
     shared = [tuple(atom for atom in atoms if atom not in free) for atoms in rest]

@@ -20,7 +20,7 @@ from .read import scaled_by
 
 @dataclass(frozen=True)
 class Operand:
-    """``node`` with its axes, one of which is ``features``; ``factor`` multiplies it, instead of ``nodes``, which did."""
+    """``node`` with its axes, one of which is ``features``; ``factor`` multiplies it in place of ``nodes``."""
 
     node: fx.Node
     axes: Axes
@@ -70,7 +70,7 @@ def emit(b: Builder, frame: Frame, o: Operand, groups: Iterable[Iterable[int]], 
 
 
 def common_dtype(facts: Facts, q: fx.Node, k: fx.Node, v: fx.Node) -> torch.dtype | NoMatch:
-    """The dtype in which attention runs: v's, if q and k have it or are upcasts from it, else the widest, losslessly."""
+    """The dtype in which attention runs: v's, if q and k have it or are upcasts from it, else the widest."""
     target = dtype(facts, v)
     if all(dtype(facts, n) == target or _holds(facts, n, target) for n in (q, k)):
         return target

@@ -87,18 +87,24 @@ def _one_number(x: Any, facts: Facts) -> float | None:
     return constant(x, facts) if isinstance(value, torch.Tensor) and value.dim() == 0 else None
 
 
-def masked(n: fx.Node, facts: Facts) -> tuple[fx.Node, fx.Node, bool, float | None] | None:
-    """(scores, mask, True if True keeps, fill) of a masking call; fill None if it is not a constant."""
+_Masked = tuple[fx.Node, fx.Node, bool, "float | None", set[fx.Node]]
+
+
+def masked(n: fx.Node, facts: Facts) -> _Masked | None:
+    """(scores, mask, True if True keeps, fill, calls) of a masking call; fill None if it is not a constant.
+
+    ``calls`` read the scores for their shape only: ``full_like(scores, fill)``.
+    """
     if is_call(n, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         call = arguments(n)
-        return call["self"], call["mask"], False, constant(call["value"], facts)
+        return call["self"], call["mask"], False, constant(call["value"], facts), set()
     if is_call(n, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
         call = arguments(n)
         a, b, condition = call["self"], call["other"], call["condition"]
-        if isinstance(a, fx.Node) and leads_to_product(a, facts):
-            return a, condition, True, constant(b, facts)
-        if isinstance(b, fx.Node) and leads_to_product(b, facts):
-            return b, condition, False, constant(a, facts)
+        for x, fill, keep in ((a, b, True), (b, a, False)):
+            if isinstance(x, fx.Node) and leads_to_product(x, facts):
+                extra = {fill} if is_call(fill, aten.full_like.default) else set()
+                return x, condition, keep, constant(fill, facts), extra
     return None
 
 
@@ -112,8 +118,8 @@ def constant(x: Any, facts: Facts) -> float | None:
         inner = constant(arg(x, 0), facts)
         kind = facts.val(x).dtype
         return inner if inner is None or _held(inner, kind) else None
-    if is_call(x, aten.full.default, aten.scalar_tensor.default):
-        written = number(arg(x, 1 if is_call(x, aten.full.default) else 0))
+    if is_call(x, aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
+        written = number(arg(x, 0 if is_call(x, aten.scalar_tensor.default) else 1))
         # A finite number that overflows the dtype is an infinity by accident: what was meant is anybody's guess.
         return written if written is not None and _held(written, facts.val(x).dtype) else None
     values = facts.numbers(x)

@@ -28,6 +28,7 @@ from ..spellings.grammar import ATTENTION
 from .frame import Frame
 from .groups import Groups, find_groups
 from .operands import Operand, emit, find_operand
+from .visible import Visible, visible_in_sdpa
 
 
 def plain(q, k, v):  # type: ignore[no-untyped-def]
@@ -83,19 +84,27 @@ class Sdpa(ProceduralPattern):
         parts = _operands(frame, q, k, v, bool(call["enable_gqa"]), anchor)
         if isinstance(parts, NoMatch):
             return parts
-        inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask, "frame": frame, "parts": parts}
+        inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "frame": frame, "parts": parts}
         inputs["scale"] = float(scale)
-        inputs["causal"] = "top_left" if call["is_causal"] else "none"
-        return Match(self.name, anchor, frozenset((anchor,)), inputs, (anchor,))
+        seen = Visible("top_left" if call["is_causal"] else "none", empty_row="zero")
+        if mask is not None:
+            seen = visible_in_sdpa(facts, mask, (*facts.val(q).shape[:-1], facts.val(k).shape[-2]))
+        inputs["seen"], inputs["operands"] = seen, [x.node for x in (*seen.masks, *seen.biases)]
+        return Match(self.name, anchor, frozenset((anchor,)), inputs, (anchor,), seen.notes)
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         kind = m.anchor.meta["val"].dtype
         frame, (operands, g, columns, level) = m.inputs["frame"], m.inputs["parts"]
         q, k, v = operands
-        mask = m.inputs["mask"]
-        options: dict[str, Any] = {"scale": m.inputs["scale"], "causal": m.inputs["causal"], "empty_row": "zero"}
-        if mask is not None:
-            options["mask" if mask.meta["val"].dtype == torch.bool else "bias"] = _four_axes(b, mask, m.anchor)
+        seen: Visible = m.inputs["seen"]
+        options: dict[str, Any] = {"scale": m.inputs["scale"], "causal": seen.causal, "empty_row": seen.empty_row}
+        if seen.window >= 0:
+            options["window"] = seen.window
+        for x in seen.masks:
+            keep = _four_axes(b, x.node if x.keep else b.op(aten.logical_not.default, x.node), m.anchor)
+            options["mask"] = b.op(aten.logical_and.default, options["mask"], keep) if "mask" in options else keep
+        for bias in seen.biases:
+            options["bias"] = _four_axes(b, bias.node, m.anchor)
         y = b.op(
             ascend.flash_attention.default,
             emit(b, frame, q, (g.batch, g.heads, g.rows, q.features), kind),

@@ -3,9 +3,10 @@
     _softmax(x, d)                  _safe_softmax(x, d)             exp(_log_softmax(x, d))
     exp(x - logsumexp(x, d))        e = exp(x - max(x, d)): e / sum(e, d), e * (1 / sum(e, d)), (e @ v) / sum(e, d)
 
-``x - max(x)`` in front of a softmax changes nothing: a row of finite scores is shifted, a row of -inf gives NaN either
-way. Without the maximum ``exp`` may overflow or lose everything, so ``exp(x) / sum(exp(x))`` is another function, unless a
-soft cap bounds the scores. GPT-OSS's sinks are a column of logits that is concatenated and dropped behind the softmax.
+``x - max(x)`` in front of a softmax changes nothing: a row of finite scores is shifted, a row of -inf gives NaN
+either way. Without the maximum ``exp`` may overflow or lose everything, so ``exp(x) / sum(exp(x))`` is another
+function, unless a soft cap bounds the scores. GPT-OSS's sinks are a column of logits that is concatenated and dropped
+behind the softmax.
 """
 
 from __future__ import annotations
@@ -179,13 +180,20 @@ def _unshifted(s: Softmax, facts: Facts) -> Softmax:
 
 def _with_sinks(s: Softmax, facts: Facts) -> Softmax | NoMatch:
     """``cat([scores, column])`` in front, ``[..., :-1]`` behind: the column is one more logit without a value."""
-    n, casts = s.scores, []
-    while is_call(n, convert) and lossless(dtype(facts, arg(n, 0)), dtype(facts, n)):
-        casts.append(n)
-        n = arg(n, 0)
+    n, above = s.scores, set(s.nodes)
+    while True:
+        shift = _shift(n, facts)
+        if is_call(n, convert) and lossless(dtype(facts, arg(n, 0)), dtype(facts, n)):
+            above.add(n)
+            n = arg(n, 0)
+        elif shift is not None and not shift.total and shift.dim == s.dim:
+            above |= shift.nodes
+            n = shift.scores
+        else:
+            break
     if not is_call(n, aten.cat.default):
         return s
-    parts, dim = list(arg(n, 0)), arg(n, 1) if len(n.args) > 1 else 0
+    parts, dim = list(arg(n, 0)), arguments(n)["dim"] % rank(facts, n)
     if len(parts) != 2 or dim != s.dim or s.total is not None:
         return refuse(facts, "op", n, "one column of sinks beside the scores", f"{len(parts)} parts along {dim}", 0.1)
     users = [u for u in s.weights.users if u.op == "call_function"]
@@ -197,6 +205,6 @@ def _with_sinks(s: Softmax, facts: Facts) -> Softmax | NoMatch:
         size = facts.val(scores).shape[dim]
         same = facts.known(facts.val(kept).shape[dim] == size) and along == dim and step == 1
         if same and facts.known(facts.val(column).shape[dim] == 1) and number(start) == first:
-            nodes = s.nodes | {n, kept, *casts}
+            nodes = frozenset((*above, n, kept))
             return replace(s, scores=scores, weights=kept, nodes=nodes, sinks=column)
     return refuse(facts, "arg", kept, "a slice that drops the column of sinks", "another slice", 0.4)

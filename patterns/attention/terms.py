@@ -1,8 +1,8 @@
 """The biases and masks of one attention, brought into the order that ``flash_attention`` evaluates: bias, then mask.
 
 Masks that are the last to act become the operand ``mask``. One that a bias follows, or a finite fill beside a bias, is
-itself a bias: ``where(keep, x, -inf) + b = x + (where(keep, 0, -inf) + b)``, and with the lowest number of a dtype in place
-of -inf that number absorbs every score.
+itself a bias: ``where(keep, x, -inf) + b = x + (where(keep, 0, -inf) + b)``, and with the lowest number of a dtype in
+place of -inf that number absorbs every score.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ ABSORBS = 2.0**100  # a fill of at least this size: no score of a working model 
 
 @dataclass(frozen=True)
 class Term:
-    """``factor * node`` added to the scores; or, with a ``fill``, what a mask does: ``keep`` says that True is visible."""
+    """``factor * node`` added to the scores; or, with a ``fill``, a mask (``keep``: True is visible).
+
+    ``level`` are the scores that it meets, a shape and its axes, to which ``node`` broadcasts.
+    """
 
     node: fx.Node
     axes: Axes
+    level: tuple[tuple[Any, ...], Axes]
     factor: float = 1.0
     keep: bool = True
     fill: float | None = None
@@ -47,16 +51,20 @@ class Term:
 
 @dataclass(frozen=True)
 class Plan:
-    """``masks``, then ``biases`` (innermost first, with what else must be written as one); ``empty_row`` and why."""
+    """``masks``, then ``biases`` (innermost first, with what else must be written as one); ``empty_row`` and why.
+
+    ``blind``: a mask is among the biases that replaces scores, even NaN; rows that it hides need scores of 0.
+    """
 
     masks: tuple[Term, ...]
     biases: tuple[Term, ...]
     empty_row: str
     assumes: tuple[str, ...] = ()
+    blind: bool = False
 
 
-def plan(terms: Sequence[Term], facts: Facts) -> Plan | NoMatch:
-    """Terms as the walk met them, outermost first, as masks and a bias."""
+def plan(terms: Sequence[Term], facts: Facts, sinks: bool) -> Plan | NoMatch:
+    """Terms as the walk met them, outermost first, as masks and a bias; with ``sinks`` no row is empty."""
     lowest = [t for t in terms if t.is_mask and t.written != -math.inf]
     if lowest and len(lowest) == len(terms):
         return Plan(tuple(terms), (), "uniform", ("scores are above finfo.min",))
@@ -66,9 +74,10 @@ def plan(terms: Sequence[Term], facts: Facts) -> Plan | NoMatch:
         return refuse(facts, "unproven", weak.node, "a fill that no score changes", found, 0.8, "fill with -inf")
     count = next((i for i, t in enumerate(terms) if not t.is_mask or t.written != -math.inf), len(terms))
     masks, rest = tuple(terms[:count]), tuple(reversed(terms[count:]))
+    blind = bool(lowest) or (sinks and any(t.is_mask for t in rest))  # without sinks, such a row of -inf is NaN anyway
     if not masks and len(rest) == 1 and abs(rest[0].factor) <= 1 and finite(facts, rest[0].node):
         return Plan(masks, rest, "zero", ("the bias is finite, so no row is empty",))
-    return Plan(masks, rest, "nan", ("finfo.min absorbs the scores",) if lowest else ())
+    return Plan(masks, rest, "nan", ("finfo.min absorbs the scores",) if lowest else (), blind)
 
 
 def emit_mask(b: Builder, frame: Frame, masks: Sequence[Term], groups: Sequence[Any]) -> fx.Node | None:
@@ -79,6 +88,12 @@ def emit_mask(b: Builder, frame: Frame, masks: Sequence[Term], groups: Sequence[
         n = frame.emit(b, n, t.axes, groups)
         total = n if total is None else b.op(aten.logical_and.default, total, n)
     return total
+
+
+def emit_blind(b: Builder, frame: Frame, terms: Sequence[Term], groups: Sequence[Any]) -> fx.Node:
+    """True for the rows that the masks among ``terms`` hide altogether: [.., Sq or 1, 1]."""
+    seen = emit_mask(b, frame, [t for t in terms if t.is_mask], groups)
+    return b.op(aten.logical_not.default, b.op(aten.any.dim, seen, -1, True))
 
 
 def emit_bias(b: Builder, frame: Frame, terms: Sequence[Term], groups: Sequence[Any]) -> fx.Node | None:

@@ -1,9 +1,9 @@
 """From a softmax up to the product of queries and keys, one step at a time.
 
-The walk meets the operations in reverse order of evaluation. Each step is a function ``(node, scores, facts) -> next node
-| NoMatch | None``: None means "not mine", NoMatch "mine, but not provably the same". Steps change ``scores`` only if they
-return a node. ``flash_attention`` evaluates scale, softcap, bias, mask; what the walk meets in another order is brought
-into that one where algebra allows: an outer factor multiplies the terms inside it (``Term.factor``).
+The walk meets the operations in reverse order of evaluation. Each step is a function ``(node, scores, facts) -> next
+node | NoMatch | None``: None means "not mine", NoMatch "mine, but not provably the same". Steps change ``scores`` only
+if they return a node. ``flash_attention`` evaluates scale, softcap, bias, mask; what the walk meets in another order is
+brought into that one where algebra allows: an outer factor multiplies the terms inside it (``Term.factor``).
 """
 
 from __future__ import annotations
@@ -121,13 +121,13 @@ def step_bias(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
 def step_mask(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
     """``masked_fill(scores, m, c)`` and ``where(m, scores, c)`` with ``c`` -inf or the dtype's lowest value.
 
-    Another fill is no mask: the masked keys keep weights that flash attention cannot give them, for it would have to know
-    that no score of a row is as low.
+    Another fill is no mask: the masked keys keep weights that flash attention cannot give them, for it would have to
+    know that no score of a row is as low.
     """
     read = masked(n, facts)
     if read is None:
         return None
-    source, mask, keep, fill = read
+    source, mask, keep, fill, extra = read
     fix = "fill with -inf or torch.finfo(dtype).min"
     lowest = {torch.finfo(kind).min for kind in (dtype(facts, n), torch.bfloat16)}
     if fill is None or (fill != -math.inf and fill not in lowest):
@@ -141,7 +141,8 @@ def step_mask(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
     axes = _aligned(n, source, mask, s, facts, "mask")
     if isinstance(axes, NoMatch):
         return axes
-    s.terms.append(Term(mask, axes, s.factor, keep, fill))
+    s.terms.append(Term(mask, axes, (tuple(facts.val(n).shape), s.axes), s.factor, keep, fill))
+    s.nodes |= extra
     return source
 
 
@@ -176,7 +177,7 @@ def _add(n: fx.Node, source: fx.Node, bias: Any, factor: float, s: Scores, facts
         fix = f"compute the mask in {s.rounded}"
         found = f"a bias in {dtype(facts, bias)} rounded to {s.rounded}, where it may overflow"
         return refuse(facts, "unproven", n, "a bias that the scores' dtype holds", found, s.progress, fix)
-    s.terms.append(Term(bias, axes, factor))
+    s.terms.append(Term(bias, axes, (tuple(facts.val(n).shape), s.axes), factor))
     return source
 
 

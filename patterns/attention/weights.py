@@ -21,10 +21,10 @@ from .softmax import Softmax
 
 @dataclass
 class Weighted:
-    """weights @ v. ``output`` has ``axes``, in which None stands for those of v's columns.
+    """weights @ v: ``output`` has ``axes``.
 
-    ``factors`` are numbers and tensors (with their axes) that the result is multiplied by; ``zeros`` boolean masks (with
-    their axes, and True if True keeps) that zero the weights.
+    ``factors`` are numbers and tensors (with their axes) that the result is multiplied by; ``zeros`` boolean masks
+    (with their axes, and True if True keeps) that zero the weights.
     """
 
     output: fx.Node
