@@ -29,15 +29,19 @@ WIDE = tuple(torch.finfo(d).min for d in (torch.float64, torch.float32, torch.bf
 
 @dataclass(frozen=True)
 class Level:
-    """The scores that a mask meets: their sizes (``Facts.size``), and which of their axes are queries and keys."""
+    """The scores that a mask meets: their sizes (``Facts.size``), and which of their axes are queries and keys.
+
+    ``tag`` is the caller's: it tells levels of one shape apart.
+    """
 
     shape: tuple[Any, ...]
     query: int = -2
     key: int = -1
+    tag: Any = None
 
     @classmethod
-    def of(cls, facts: Facts, shape: Iterable[Any], query: int = -2, key: int = -1) -> Level:
-        return cls(tuple(facts.size(s) for s in shape), query, key)
+    def of(cls, facts: Facts, shape: Iterable[Any], query: int = -2, key: int = -1, tag: Any = None) -> Level:
+        return cls(tuple(facts.size(s) for s in shape), query, key, tag)
 
     def variables(self) -> tuple[int, int]:
         return self.query % len(self.shape), self.key % len(self.shape)
@@ -72,8 +76,8 @@ class Length:
 class Proof:
     """A key is visible iff all ``bounds`` hold and all ``operands`` (a mask, True if True keeps) say so.
 
-    For an additive mask, ``fills`` are the values that hide, ``bias`` is what else it adds. ``why`` is one sentence about
-    the operands, "" if there are none. ``lengths`` belong to operands.
+    For an additive mask, ``fills`` are the values that hide, ``bias`` is what else it adds. ``why`` is one sentence
+    about the operands, "" if there are none. ``lengths`` belong to operands.
     """
 
     bounds: tuple[Bound, ...] = ()

@@ -1,7 +1,7 @@
 """Which keys a query sees: masks that are proven causal, sliding or always true become flags of ``flash_attention``.
 
-``visibility`` takes the masks and biases that a walk has found and gives back what the operator needs: ``causal``,
-``window``, what remains of masks and biases, and ``empty_row``. A mask of which nothing is proven stays as it is. What
+``visibility`` takes the masks and additive terms of one attention and gives back what the operator needs: ``causal``,
+``window``, what remains of masks and terms, and ``empty_row``. A mask of which nothing is proven stays as it is. What
 remains of a conjunction is its smallest part: of ``causal & padding`` the padding [B,1,1,Sk].
 
 An additive mask ``where(keep, 0, fill)`` may be taken for ``keep`` iff rows without a visible key keep their value:
@@ -10,7 +10,8 @@ An additive mask ``where(keep, 0, fill)`` may be taken for ``keep`` iff rows wit
 * ``fill`` finfo.min: scores vanish in it, so such a row is the mean of all values; but if another mask or a bias that
   may hide keys is added too, it is the mean of those hidden once. Then every row must provably see a key.
 
-Both take scores to be far above finfo.min.
+The order of the terms does not matter then: -inf and finfo.min stay what they are when a moderate bias is added. Scores
+are taken to be far above finfo.min.
 """
 
 from __future__ import annotations
@@ -21,32 +22,35 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from ascend_dynamo.contracts import Facts
 
 from .._calls import rank
 from .mask_proof import Bound, Length, Level, Proof, prove
-from .moderate import moderate
+from .moderate import LARGEST, moderate
 
 ABSORBS = -1e30  # a fill in which every score vanishes: not float16's
 
 
 @dataclass(frozen=True)
-class Added:
-    """A term that is added to the scores at ``level``."""
-
-    node: fx.Node
-    level: Level
-
-
-@dataclass(frozen=True)
 class Mask:
-    """A boolean mask at ``level``; ``keep``: True means visible."""
+    """A boolean mask at ``level``; ``keep``: True means visible; hidden scores become ``fill``."""
 
     node: fx.Node
     level: Level
     keep: bool = True
+    fill: float = -math.inf
+
+
+@dataclass(frozen=True)
+class Added:
+    """``factor * node`` is added to the scores at ``level``."""
+
+    node: fx.Node
+    level: Level
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,15 @@ class Visible:
     why: tuple[str, ...] = ()
     lengths: tuple[Length, ...] = ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to report: the assumptions, and why masks are still operands."""
+        return (*self.assumes, *(f"a mask is still computed: {w}" for w in self.why if self.masks or self.biases))
+
 
 @dataclass(frozen=True)
 class _Source:
-    """A mask or bias with its proof (a string: why there is none) and the values that hide in it."""
+    """A mask or term with its proof (a string: why there is none) and the values that hide in it."""
 
     given: Mask | Added
     proof: Proof | str
@@ -77,60 +86,80 @@ class _Source:
 
 
 def visibility(
-    facts: Facts,
-    masks: Sequence[Mask],
-    biases: Sequence[Added],
-    fill: float,
-    sizes: tuple[Any, Any],
-    zero: bool = False,
-) -> Visible:
-    """Turn masks (all of which hide by ``fill``, -inf or finfo.min) and additive terms into flags where that is proven.
+    facts: Facts, masks: Sequence[Mask], biases: Sequence[Added], sizes: tuple[Any, Any], zero: bool = False
+) -> Visible | None:
+    """Masks and additive terms as flags, where that is proven, and the operands that remain.
 
-    ``sizes`` is (Sq, Sk). ``zero`` says that a row hidden by -inf or by a boolean mask is 0 (SDPA), not NaN.
+    ``sizes`` is (Sq, Sk). ``zero`` says that a row hidden by -inf or by a boolean mask is 0 (SDPA), not NaN. None if
+    ``flash_attention`` has no ``empty_row`` for these masks and terms together.
     """
     sq, sk = (facts.size(s) for s in sizes)
-    sources = [_Source(m, prove(facts, m.node, m.level, m.keep), frozenset((fill,))) for m in masks]
+    hidden = [_Source(m, prove(facts, m.node, m.level, m.keep), frozenset((m.fill,))) for m in masks]
     added = [s for s in (_read(facts, a) for a in biases) if s.proof != Proof()]  # zeros say nothing
     hiding, plain = [s for s in added if s.fills], [s for s in added if not s.fills]
-    why = tuple(dict.fromkeys(w for s in (*sources, *added) if (w := _why(s))))
-    if hiding:
-        flags = _flags_and_masks(facts, [*sources, *hiding], (sq, sk))
-        rest = [Added(s.proof.bias, s.given.level) for s in hiding if isinstance(s.proof, Proof) and s.proof.bias]
-        rest += [Added(s.given.node, s.given.level) for s in plain]
-        empty = None if flags is None else _empty_row(facts, flags, [*sources, *hiding], rest, zero)
-        if flags is not None and empty is not None and _pays(facts, flags, hiding):
-            assumes = () if empty[1] else ("scores are above finfo.min",)
-            return replace(flags, biases=tuple(rest), empty_row=empty[0], assumes=assumes, why=why)
-    flags = _flags_and_masks(facts, sources, (sq, sk))
-    assert flags is not None  # a boolean mask can always stay as it is
-    rest = [Added(s.given.node, s.given.level) for s in added]
-    empty_row = "zero" if zero else "nan" if fill == -math.inf else "uniform"
-    return replace(flags, biases=tuple(rest), empty_row=empty_row, moot=flags.moot and not rest, why=why)
+    why = tuple(dict.fromkeys(w for s in (*hidden, *added) if (w := _why(s))))
+    for taken, left in ((hiding, plain), ([], added)) if hiding else (([], added),):
+        found = _flags_and_masks(facts, [*hidden, *taken], (sq, sk))
+        if found is None or (taken and not _pays(facts, found, taken)):
+            continue
+        rest = [a for s in (*taken, *left) if (a := _bias(s, s in taken)) is not None]
+        empty = _empty_row(facts, found, hidden, taken, rest, zero)
+        if empty is not None:
+            return replace(found, biases=tuple(rest), empty_row=empty[0], assumes=empty[1], why=why)
+    return None
+
+
+def visible_in_sdpa(facts: Facts, mask: fx.Node, shape: Sequence[Any]) -> Visible:
+    """The boolean or additive mask of ``aten.scaled_dot_product_attention``, whose scores have ``shape``."""
+    level = Level.of(facts, shape)
+    boolean = facts.val(mask).dtype == torch.bool
+    masks, biases = ([Mask(mask, level)], []) if boolean else ([], [Added(mask, level)])
+    found = visibility(facts, masks, biases, (shape[-2], shape[-1]), zero=True)
+    return found or Visible(biases=tuple(biases), empty_row="zero", why=(f"%{mask.name} may hide whole rows",))
+
+
+def as_flags(facts: Facts, masks: Sequence[Mask], sizes: tuple[Any, Any]) -> Visible:
+    """Boolean masks alone, whatever their fills mean: the same keys are visible, ``empty_row`` is the caller's."""
+    sources = [_Source(m, prove(facts, m.node, m.level, m.keep), frozenset()) for m in masks]
+    found = _flags_and_masks(facts, sources, (facts.size(sizes[0]), facts.size(sizes[1])))
+    assert found is not None  # a boolean mask can always stay as it is
+    return replace(found, why=tuple(dict.fromkeys(w for s in sources if (w := _why(s)))))
 
 
 def _read(facts: Facts, a: Added) -> _Source:
     proof = prove(facts, a.node, a.level)
-    return _Source(a, proof, proof.fills if isinstance(proof, Proof) else frozenset())
+    hides = isinstance(proof, Proof) and 0 < a.factor < math.inf
+    return _Source(a, proof, frozenset(f * a.factor for f in proof.fills) if hides else frozenset())  # type: ignore[union-attr]
 
 
 def _why(s: _Source) -> str:
     return s.proof if isinstance(s.proof, str) else s.proof.why
 
 
+def _bias(s: _Source, taken: bool) -> Added | None:
+    """What a term adds; of one that is taken for a mask, what it adds where it hides nothing."""
+    assert isinstance(s.given, Added)
+    if not taken:
+        return s.given
+    return replace(s.given, node=s.proof.bias) if isinstance(s.proof, Proof) and s.proof.bias is not None else None
+
+
 def _empty_row(
-    facts: Facts, found: Visible, sources: list[_Source], rest: list[Added], zero: bool
-) -> tuple[str, bool] | None:
-    """What a row without a visible key gives when additive masks are taken for boolean ones, and whether that is so
-    for scores of any size. None if ``flash_attention`` has no name for it.
-    """
-    fills = frozenset().union(*(s.fills for s in sources))
-    if fills == {-math.inf}:
-        return ("zero" if zero else "nan"), True
-    if not all(moderate(facts, a.node) for a in rest):
+    facts: Facts, found: Visible, hidden: list[_Source], taken: list[_Source], rest: list[Added], zero: bool
+) -> tuple[str, tuple[str, ...]] | None:
+    """What a row without a visible key gives, and what that rests on; None if ``empty_row`` has no name for it."""
+    fills = frozenset[float]().union(*(s.fills for s in (*hidden, *taken)))
+    nothing = "zero" if zero else "nan"
+    if fills <= {-math.inf}:
+        return nothing, ()
+    assumes = ("scores are above finfo.min",)
+    if not all(abs(a.factor) <= LARGEST and moderate(facts, a.node) for a in rest):
         return None
     if found.moot:
-        return ("zero" if zero else "nan"), False
-    return ("uniform", False) if len(sources) == len(fills) == 1 and max(fills) <= ABSORBS else None
+        return nothing, assumes
+    one = len(fills) == 1 and len(taken) + bool(hidden) == 1
+    absorbs = max(fills) <= ABSORBS or not (taken or rest)
+    return ("uniform", assumes) if one and absorbs else None
 
 
 def _pays(facts: Facts, found: Visible, hiding: list[_Source]) -> bool:
