@@ -35,7 +35,7 @@ from .near import no_product
 from .operands import Operand, common_dtype, emit, find_operand
 from .read import leads_to_product
 from .softmax import ANCHORS, Softmax, read_softmax
-from .terms import Plan, emit_bias, emit_blind, emit_mask, plan
+from .terms import Plan, emit_bias, emit_blind, emit_mask, finite, plan
 from .walk import Scores, walk_scores
 from .weights import Weighted, walk_weights
 
@@ -44,7 +44,7 @@ LARGEST_CAP = 60.0  # exp of it, summed over all keys that fit in memory, is fin
 
 @dataclass(frozen=True)
 class Attention:
-    """Everything that the rewrite needs."""
+    """What the rewrite needs. ``poisoned``: a row of NaN scores stays NaN, even if a bias of -inf empties it."""
 
     frame: Frame
     q: Operand
@@ -57,6 +57,7 @@ class Attention:
     sinks: Sinks | None
     working: torch.dtype
     empty_row: str
+    poisoned: bool
 
 
 class EagerAttention(ProceduralPattern):
@@ -84,7 +85,7 @@ class EagerAttention(ProceduralPattern):
         if refusal is not None:
             return refusal
         inputs = {"attention": found, **{name: p.node for name, p in zip("qkv", parts, strict=True)}}
-        return Match(self.name, anchor, nodes, inputs, (w.output,), found.plan.notes)
+        return Match(self.name, anchor, nodes, inputs, (w.output,), found.plan.notes, found.plan.computed)
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         found: Attention = m.inputs["attention"]
@@ -92,7 +93,7 @@ class EagerAttention(ProceduralPattern):
         head = found.q.features
         q = emit(b, frame, found.q, (g.batch, g.heads, g.rows, head), found.working)
         if found.plan.blind:
-            q = b.op(aten.masked_fill.Scalar, q, emit_blind(b, frame, found.plan.biases, g.scores), 0.0)
+            q = b.op(aten.masked_fill.Scalar, q, emit_blind(b, frame, found.scores.terms, g.scores), 0.0)
         k = emit(b, frame, found.k, (g.batch, g.key_heads, g.keys, head), found.working)
         v = emit(b, frame, found.v, (g.batch, g.key_heads, g.keys, found.v.features), found.working)
         factor = found.scores.factor * found.q.factor * found.k.factor
@@ -103,6 +104,9 @@ class EagerAttention(ProceduralPattern):
         sinks = found.sinks.emit(b, frame, g) if found.sinks is not None else None
         options.update((name, n) for name, n in (("bias", bias), ("mask", mask), ("sinks", sinks)) if n is not None)
         y = b.op(ascend.flash_attention.default, q, k, v, **options)
+        if found.poisoned:
+            nothing = b.op(aten.sum.dim_IntList, b.op(aten.mul.Tensor, q, 0.0), [-1], True)  # NaN where q is
+            y = b.op(aten.add.Tensor, y, nothing)
         for node, axes in w.factors:
             y = b.op(aten.mul.Tensor, y, frame.emit(b, node, axes, g.scores) if isinstance(node, fx.Node) else node)
         kind = w.output.meta["val"].dtype
@@ -149,7 +153,8 @@ def recognise(s: Softmax, facts: Facts) -> Attention | NoMatch:
         if isinstance(empty_row, NoMatch):
             return empty_row
         made = masks_only(spelled, empty_row, frame, groups)
-    return Attention(frame, q, k, v, groups, made, scores, weighted, sinks, kind, made.empty_row)
+    poisoned = s.zero and any(not t.is_mask and not finite(facts, t.node) for t in scores.terms)
+    return Attention(frame, q, k, v, groups, made, scores, weighted, sinks, kind, made.empty_row, poisoned)
 
 
 def _query_and_key(
