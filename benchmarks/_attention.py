@@ -1,4 +1,4 @@
-"""What benchmarks/attention.py runs: a hand-written layer and two Hugging Face models, eager or SDPA, ready to time."""
+"""What benchmarks/attention.py runs, ready to time: a hand-written layer, two Hugging Face models, the single forms."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import _models
 import torch
 import torch.nn.functional as F
+from _attention_forms import FORMS
 from _worker import Prepared
 from torch import Tensor, nn
 
@@ -60,24 +61,43 @@ def _make(name: str, eager: bool, dtype: torch.dtype) -> Any:
     return model.base_model  # without the output head
 
 
+def compiled(model: Any, contender: str) -> Any:
+    """``model`` (or a function) as the contender runs it."""
+    torch._dynamo.reset()
+    if contender == "eager":
+        return model
+    return torch.compile(model, backend="ascend_opt" if contender.startswith("ours") else "inductor", dynamic=False)
+
+
 def prepare(case: dict[str, Any], contender: str) -> Prepared:
     """Runs in the worker: the case's model in the contender's spelling, compiled, ready to be timed."""
+    if "form" in case:
+        return _form(case["form"], contender)
     eager = not contender.endswith("sdpa")
     key = f"{case['model']} {case['dtype']} {eager}"
     if key not in _built:
         _built.clear()
         _built[key] = _make(case["model"], eager, DTYPES[case["dtype"]])
     model, run = _built[key], _input(case)
-    torch._dynamo.reset()
-    call = model
-    if contender != "eager":
-        call = torch.compile(model, backend="ascend_opt" if contender.startswith("ours") else "inductor", dynamic=False)
+    call = compiled(model, contender)
 
     def reference() -> Tensor:
         exact = _make(case["model"], eager=False, dtype=DTYPES[case["dtype"]])  # SDPA: linear memory at any length
         return run(copy.deepcopy(exact).float())
 
     return Prepared(lambda: run(call), reference=reference, work=work(model, case))
+
+
+def _form(name: str, contender: str) -> Prepared:
+    """A single attention; its reference is the same formula in float32."""
+    form = FORMS[name]
+    args = form.arguments()
+    call = compiled(form.call, contender)
+
+    def reference() -> Tensor:
+        return form.call(*(a.float() if a.is_floating_point() else a for a in args))
+
+    return Prepared(lambda: call(*args), reference=reference)
 
 
 def _input(case: dict[str, Any]) -> Callable[[Any], Tensor]:

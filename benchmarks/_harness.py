@@ -31,7 +31,7 @@ THREADS = 2
 MAX_FOREIGN = 0.1  # cores that others may use during a batch
 MIN_CORES = 0.9  # share of its threads that a contender must keep busy: 1.8 of 2
 SHORTEST = 0.3  # seconds of a timed batch
-TOLERANCE = {"bf16": 2e-2, "fp32": 1e-3}
+TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-3}
 
 
 def say(text: str = "") -> None:
