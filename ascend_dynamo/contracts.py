@@ -47,7 +47,8 @@ class Match:
 
     ``nodes`` are the nodes that the rewrite replaces (never inputs); ``inputs`` binds the pattern's input names to
     nodes or literals; ``outputs`` are the nodes whose uses the rewrite takes over, in the order in which
-    ``Pattern.rewrite`` returns their replacements. ``assumes`` states proven conditions in words.
+    ``Pattern.rewrite`` returns their replacements. ``assumes`` states proven conditions in words. ``computed`` are
+    calls in front of the match whose values a proof rests on (a mask): validation runs them, and draws no numbers.
     """
 
     pattern: str
@@ -56,6 +57,7 @@ class Match:
     inputs: Mapping[str, Any]
     outputs: tuple[fx.Node, ...]
     assumes: tuple[str, ...] = ()
+    computed: frozenset[fx.Node] = frozenset()
 
 
 class Facts(Protocol):

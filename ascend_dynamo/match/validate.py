@@ -6,7 +6,7 @@ at the site's dtype must be as near to the float64 value as eager's is, within a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def validate_rewrite(
         PatternError: they differ; the message says at which output, by how much, and for which input shapes.
     """
     old = sorted(m.nodes)
-    inputs, between = boundary(old, new)
+    inputs, between = boundary(old, new, m.computed)
     for seed in SEEDS:
         with seeded(seed) as generator:
             limit = smallest_extent(inputs)
@@ -79,10 +79,13 @@ _SEEN_THROUGH = frozenset(
 )
 
 
-def boundary(old: Sequence[fx.Node], new: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+def boundary(
+    old: Sequence[fx.Node], new: Sequence[fx.Node], computed: Collection[fx.Node] = ()
+) -> tuple[list[fx.Node], list[fx.Node]]:
     """(tensors to draw, calls between them and the match), in program order.
 
-    Prologue values and constants are computed, not drawn; so is what layout, casts and constructors make.
+    Prologue values and constants are computed, not drawn; so is what layout, casts and constructors make, and what the
+    match names as ``computed``.
     """
     inside = {*old, *new}
     drawn: dict[fx.Node, None] = {}
@@ -92,7 +95,7 @@ def boundary(old: Sequence[fx.Node], new: Sequence[fx.Node]) -> tuple[list[fx.No
         node = pending.pop()
         if node in drawn or node in between or node.op == "get_attr" or PROLOGUE in node.meta:
             continue
-        if node.op == "call_function" and node.target in _SEEN_THROUGH:
+        if node.op == "call_function" and (node.target in _SEEN_THROUGH or node in computed):
             between[node] = None
             pending.extend(source for source in node.all_input_nodes if source not in inside)
         elif isinstance(node.meta.get("val"), torch.Tensor):

@@ -25,6 +25,7 @@ class Flagged(Plan):
     causal: str = "none"
     window: int = -1
     why: tuple[str, ...] = ()
+    computed: frozenset[fx.Node] = frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -93,4 +94,4 @@ def _flagged(v: Visible, places: Iterable[_Place], empty_row: str, facts: Facts)
     at = {p.level: p for p in places}
     masks = [at[m.level].as_term(m.node, facts, keep=m.keep, fill=-math.inf) for m in v.masks]
     biases = [at[a.level].as_term(a.node, facts, factor=a.factor) for a in reversed(v.biases)]  # innermost first
-    return Flagged(tuple(masks), tuple(biases), empty_row, v.assumes, causal=v.causal, window=v.window, why=v.why)
+    return Flagged(tuple(masks), tuple(biases), empty_row, v.assumes, False, v.causal, v.window, v.why, v.computed)

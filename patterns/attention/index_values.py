@@ -39,6 +39,11 @@ class Evaluator:
         self._formulas: dict[Any, Formula] = {}
         self._cases: dict[Any, Cases] = {}
 
+    @property
+    def read(self) -> frozenset[fx.Node]:
+        """The calls of which elements have been evaluated."""
+        return frozenset(n for n, _ in (*self._formulas, *self._cases) if n.op == "call_function")
+
     def formula(self, n: fx.Node, index: Index) -> Formula:
         """A boolean tensor at ``index``."""
         key = (n, index)

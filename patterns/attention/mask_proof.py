@@ -77,7 +77,7 @@ class Proof:
     """A key is visible iff all ``bounds`` hold and all ``operands`` (a mask, True if True keeps) say so.
 
     For an additive mask, ``fills`` are the values that hide, ``bias`` is what else it adds. ``why`` is one sentence
-    about the operands, "" if there are none. ``lengths`` belong to operands.
+    about the operands, "" if there are none. ``lengths`` belong to operands. ``computed`` are the calls that were read.
     """
 
     bounds: tuple[Bound, ...] = ()
@@ -86,6 +86,7 @@ class Proof:
     bias: fx.Node | None = None
     lengths: tuple[Length, ...] = ()
     why: str = ""
+    computed: frozenset[fx.Node] = frozenset()
 
 
 def prove(facts: Facts, mask: fx.Node, level: Level, keep: bool = True) -> Proof | str:
@@ -160,7 +161,8 @@ class _Prover:
         if not self._solve(visible, visible.origin):
             return self.why[-1]
         why = self.why[0] if self.operands else ""
-        return Proof(tuple(self.bounds), tuple(self.operands), fills, bias, tuple(self.lengths), why)
+        bounds, operands, lengths = tuple(self.bounds), tuple(self.operands), tuple(self.lengths)
+        return Proof(bounds, operands, fills, bias, lengths, why, self.ev.read)
 
     def _solve(self, f: Formula, within: Operand | None) -> bool:
         """Collect bounds and operands whose conjunction is ``f``; False, with nothing collected, if that cannot be.

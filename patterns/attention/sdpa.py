@@ -89,8 +89,9 @@ class Sdpa(ProceduralPattern):
         seen = Visible("top_left" if call["is_causal"] else "none", empty_row="zero")
         if mask is not None:
             seen = visible_in_sdpa(facts, mask, (*facts.val(q).shape[:-1], facts.val(k).shape[-2]))
-        inputs["seen"], inputs["operands"] = seen, [x.node for x in (*seen.masks, *seen.biases)]
-        return Match(self.name, anchor, frozenset((anchor,)), inputs, (anchor,), seen.notes)
+        inputs["seen"] = seen
+        inputs["operands"] = [*(x.node for x in seen.masks), *(x.node for x in seen.biases)]
+        return Match(self.name, anchor, frozenset((anchor,)), inputs, (anchor,), seen.notes, seen.computed)
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         kind = m.anchor.meta["val"].dtype

@@ -57,7 +57,7 @@ class Added:
 class Visible:
     """The operands and flags of ``flash_attention``. ``moot``: every row provably sees a key, so ``empty_row`` says
     nothing. ``why`` has a sentence for each mask that is still an operand; ``lengths`` are what is known about those
-    that compare keys with the length of a cache.
+    that compare keys with the length of a cache. ``computed`` are the calls that the proofs have read.
     """
 
     causal: str = "none"
@@ -69,6 +69,7 @@ class Visible:
     assumes: tuple[str, ...] = ()
     why: tuple[str, ...] = ()
     lengths: tuple[Length, ...] = ()
+    computed: frozenset[fx.Node] = frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -95,7 +96,8 @@ def visibility(
     """
     sq, sk = (facts.size(s) for s in sizes)
     hidden = [_Source(m, prove(facts, m.node, m.level, m.keep), frozenset((m.fill,))) for m in masks]
-    added = [s for s in (_read(facts, a) for a in biases) if s.proof != Proof()]  # zeros say nothing
+    given = [_read(facts, a) for a in biases]
+    added = [s for s in given if not _is_zero(s)]
     hiding, plain = [s for s in added if s.fills], [s for s in added if not s.fills]
     why = tuple(dict.fromkeys(w for s in (*hidden, *added) if (w := _why(s))))
     for taken, left in ((hiding, plain), ([], added)) if hiding else (([], added),):
@@ -105,7 +107,8 @@ def visibility(
         rest = [a for s in (*taken, *left) if (a := _bias(s, s in taken)) is not None]
         empty = _empty_row(facts, found, hidden, taken, rest, zero)
         if empty is not None:
-            return replace(found, biases=tuple(rest), empty_row=empty[0], assumes=empty[1], why=why)
+            read = found.computed.union(*(s.proof.computed for s in given if isinstance(s.proof, Proof)))
+            return replace(found, biases=tuple(rest), empty_row=empty[0], assumes=empty[1], why=why, computed=read)
     return None
 
 
@@ -130,6 +133,10 @@ def _read(facts: Facts, a: Added) -> _Source:
     proof = prove(facts, a.node, a.level)
     hides = isinstance(proof, Proof) and 0 < a.factor < math.inf
     return _Source(a, proof, frozenset(f * a.factor for f in proof.fills) if hides else frozenset())  # type: ignore[union-attr]
+
+
+def _is_zero(s: _Source) -> bool:
+    return isinstance(s.proof, Proof) and replace(s.proof, computed=frozenset()) == Proof()
 
 
 def _why(s: _Source) -> str:
@@ -197,7 +204,8 @@ def _flags_and_masks(facts: Facts, sources: list[_Source], sizes: tuple[Any, Any
             continue
         masks.update(dict.fromkeys(Mask(node[0], level, node[1]) for node, level in unsaid if node is not None))
         moot = not masks and _never_empty(facts, *flags, sizes)
-        return Visible(*flags, masks=tuple(masks), moot=moot, lengths=tuple(lengths))
+        read = frozenset[fx.Node]().union(*(s.proof.computed for s in sources if isinstance(s.proof, Proof)))
+        return Visible(*flags, masks=tuple(masks), moot=moot, lengths=tuple(lengths), computed=read)
     return None
 
 

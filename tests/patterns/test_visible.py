@@ -1,4 +1,4 @@
-"""Masks: what is proven of them is true of every element, sizes stay symbolic, and near-causal masks are no causal ones."""
+"""Masks: what is proven holds of every element, sizes stay symbolic, and near-causal masks are no causal ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
