@@ -99,7 +99,7 @@ def visibility(
     given = [_read(facts, a) for a in biases]
     added = [s for s in given if not _is_zero(s)]
     hiding, plain = [s for s in added if s.fills], [s for s in added if not s.fills]
-    why = tuple(dict.fromkeys(w for s in (*hidden, *added) if (w := _why(s))))
+    why = tuple(w for s in (*hidden, *added) if (w := _why(s)))
     for taken, left in ((hiding, plain), ([], added)) if hiding else (([], added),):
         found = _flags_and_masks(facts, [*hidden, *taken], (sq, sk))
         if found is None or (taken and not _pays(facts, found, taken)):
@@ -108,7 +108,11 @@ def visibility(
         empty = _empty_row(facts, found, hidden, taken, rest, zero)
         if empty is not None:
             read = found.computed.union(*(s.proof.computed for s in given if isinstance(s.proof, Proof)))
-            return replace(found, biases=tuple(rest), empty_row=empty[0], assumes=empty[1], why=why, computed=read)
+            moot = found.moot and all(_calm(facts, a) for a in rest)
+            why = tuple(dict.fromkeys((*found.why, *why, *(_beside(s) for s in left if s.fills))))
+            return replace(
+                found, biases=tuple(rest), empty_row=empty[0], moot=moot, assumes=empty[1], why=why, computed=read
+            )
     return None
 
 
@@ -126,7 +130,7 @@ def as_flags(facts: Facts, masks: Sequence[Mask], sizes: tuple[Any, Any]) -> Vis
     sources = [_Source(m, prove(facts, m.node, m.level, m.keep), frozenset()) for m in masks]
     found = _flags_and_masks(facts, sources, (facts.size(sizes[0]), facts.size(sizes[1])))
     assert found is not None  # a boolean mask can always stay as it is
-    return replace(found, why=tuple(dict.fromkeys(w for s in sources if (w := _why(s)))))
+    return replace(found, why=tuple(dict.fromkeys((*found.why, *(w for s in sources if (w := _why(s)))))))
 
 
 def _read(facts: Facts, a: Added) -> _Source:
@@ -141,6 +145,19 @@ def _is_zero(s: _Source) -> bool:
 
 def _why(s: _Source) -> str:
     return s.proof if isinstance(s.proof, str) else s.proof.why
+
+
+def _beside(s: _Source) -> str:
+    """Why a proven additive mask is added all the same."""
+    assert isinstance(s.proof, Proof)
+    if not s.proof.bounds:
+        return f"%{s.given.node.name} costs as little as what it hides"
+    return f"%{s.given.node.name} hides keys otherwise than flags say, or whole rows"
+
+
+def _calm(facts: Facts, a: Added) -> bool:
+    """True if a term that is added hides nothing."""
+    return abs(a.factor) <= LARGEST and moderate(facts, a.node)
 
 
 def _bias(s: _Source, taken: bool) -> Added | None:
@@ -160,7 +177,7 @@ def _empty_row(
     if fills <= {-math.inf}:
         return nothing, ()
     assumes = ("scores are above finfo.min",)
-    if not all(abs(a.factor) <= LARGEST and moderate(facts, a.node) for a in rest):
+    if not all(_calm(facts, a) for a in rest):
         return None
     if found.moot:
         return nothing, assumes
@@ -203,9 +220,10 @@ def _flags_and_masks(facts: Facts, sources: list[_Source], sizes: tuple[Any, Any
         if flags is None or any(node is None for node, _ in unsaid):
             continue
         masks.update(dict.fromkeys(Mask(node[0], level, node[1]) for node, level in unsaid if node is not None))
+        why = tuple(f"it is j {'<=' if b.upper else '>='} i + {b.offset}" for b, _ in bounds if b not in said)
         moot = not masks and _never_empty(facts, *flags, sizes)
         read = frozenset[fx.Node]().union(*(s.proof.computed for s in sources if isinstance(s.proof, Proof)))
-        return Visible(*flags, masks=tuple(masks), moot=moot, lengths=tuple(lengths), computed=read)
+        return Visible(*flags, masks=tuple(masks), moot=moot, why=why, lengths=tuple(lengths), computed=read)
     return None
 
 
