@@ -132,9 +132,12 @@ def _operands(frame: Frame, q: fx.Node, k: fx.Node, v: fx.Node, gqa: bool, ancho
     facts = frame.facts
     shapes = [facts.val(n).shape for n in (q, k, v)]
     (*bq, sq, dq), (*bk, sk, dk), (*bv, sv, dv) = shapes
-    for what, a, b in (("head size", dq, dk), ("key count", sk, sv)):
-        if not facts.known(a == b):
-            return refuse(facts, "shape", anchor, f"one {what} of q, k and v", f"{a} and {b}", 0.7)
+    if not facts.known(dq == dk):
+        return refuse(facts, "shape", anchor, "one head size of q and k", f"{dq} and {dk}", 0.7)
+    # Attention with another number of values than keys has no meaning (the kernel reads past the shorter of them), so
+    # their equality need not be proven: the keys and values of a growing cache have a symbol each.
+    if facts.known(sk != sv):
+        return refuse(facts, "shape", anchor, "as many values as keys", f"{sv} and {sk}", 0.7)
     for what, a, b in [*(("batch", a, b) for x in (bk, bv) for a, b in zip(bq[:1], x[:1], strict=True))]:
         if not facts.known(a == b):
             return refuse(facts, "shape", anchor, f"one {what} of q, k and v", f"{a} and {b}", 0.7)
