@@ -323,10 +323,9 @@ class _Search:
             nodes,
             inputs,
             outputs,
-            (),
-            alternative,
-            env,
-            self.dtype,
+            alternative=alternative,
+            sizes=env,
+            dtype=self.dtype,
         )
 
     def fail(self, code: Any, node: Any, expected: Any, found: Any, share: float = 1.0) -> bool:
