@@ -26,6 +26,11 @@ class Rows:
     dims: tuple[int, ...]
     shape: tuple[Any, Any, Any, Any]
 
+    @property
+    def tokens(self) -> tuple[fx.Node, int]:
+        """``node`` and its axis of tokens."""
+        return self.node, self.dims[-2]
+
     def emit(self, b: Builder) -> fx.Node:
         """The vectors in their shape: a view, unless batch and token are exchanged in ``node``."""
         n, rank = self.node, self.node.meta["val"].dim()

@@ -35,6 +35,7 @@ from ascend_dynamo.match import ProceduralPattern
 from ._calls import ascend, aten, leaks, refuse
 from ._mla import LatentAttention, find_latent
 from ._mla_parts import HeadWeights
+from .attention.cache import cache_notes
 from .spellings.mla import SPELLINGS, fuzz_inputs
 
 GAIN = 2  # by which absorbing must divide the number of multiplications
@@ -63,7 +64,8 @@ class MlaAbsorb(ProceduralPattern):
         refusal = leaks(facts, found.nodes, (anchor,), 0.95)
         if refusal is not None:
             return refusal
-        assumes = (f"with {found.queries} queries a head, absorbing pays from {keys} keys on",)
+        pays = f"with {found.queries} queries a head, absorbing pays from {keys} keys on"
+        assumes = (pays, *cache_notes(facts, *(rows.tokens for rows in (found.latent, found.rope))))
         return Match(self.name, anchor, found.nodes, {"mla": found}, (anchor,), assumes)
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:

@@ -28,6 +28,7 @@ from ascend_dynamo.match import ProceduralPattern
 from .._calls import arg, ascend, aten, convert, dtype, is_call, leaks, rank, refuse
 from ..spellings.attention import SPELLINGS, fuzz_inputs
 from ..spellings.grammar import ATTENTION
+from .cache import cache_notes
 from .flags import Flagged, masks_only, whole
 from .frame import Atoms, Axes, Frame
 from .groups import Groups, Sinks, find_groups, find_sinks
@@ -59,6 +60,12 @@ class Attention:
     empty_row: str
     poisoned: bool
 
+    def tokens(self, o: Operand) -> tuple[fx.Node, int]:
+        """An operand's node, and which of its axes counts the keys (-1: they are one, or part of an axis)."""
+        keys = self.frame.leaves(self.groups.keys)
+        places = [i for i, atoms in enumerate(o.axes) if keys and self.frame.leaves(atoms) == keys]
+        return o.node, places[0] if places else -1
+
 
 class EagerAttention(ProceduralPattern):
     name = "eager_attention"
@@ -85,7 +92,8 @@ class EagerAttention(ProceduralPattern):
         if refusal is not None:
             return refusal
         inputs = {"attention": found, **{name: p.node for name, p in zip("qkv", parts, strict=True)}}
-        return Match(self.name, anchor, nodes, inputs, (w.output,), found.plan.notes, found.plan.computed)
+        notes = (*found.plan.notes, *cache_notes(facts, *map(found.tokens, parts[1:])))
+        return Match(self.name, anchor, nodes, inputs, (w.output,), notes, found.plan.computed)
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         found: Attention = m.inputs["attention"]

@@ -25,6 +25,7 @@ from ascend_dynamo.match import ProceduralPattern
 
 from .._calls import arguments, ascend, aten, dtype, rank, refuse
 from ..spellings.grammar import ATTENTION
+from .cache import cache_notes
 from .frame import Frame
 from .groups import Groups, find_groups
 from .operands import Operand, emit, find_operand
@@ -91,7 +92,8 @@ class Sdpa(ProceduralPattern):
             seen = visible_in_sdpa(facts, mask, (*facts.val(q).shape[:-1], facts.val(k).shape[-2]))
         inputs["seen"] = seen
         inputs["operands"] = [*(x.node for x in seen.masks), *(x.node for x in seen.biases)]
-        return Match(self.name, anchor, frozenset((anchor,)), inputs, (anchor,), seen.notes, seen.computed)
+        notes = (*seen.notes, *cache_notes(facts, (k, -2), (v, -2)))
+        return Match(self.name, anchor, frozenset((anchor,)), inputs, (anchor,), notes, seen.computed)
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         kind = m.anchor.meta["val"].dtype
@@ -145,7 +147,9 @@ def _operands(frame: Frame, q: fx.Node, k: fx.Node, v: fx.Node, gqa: bool, ancho
     level = frame.fresh([*bq, sq, sk])
     stored = level[:-2]
     if len(bq) == 2 and not all(facts.known(bq[1] == x[1]) for x in (bk, bv)):
-        pair = frame.split(level[1], [bk[1], bq[1] // bk[1]]) if _divides(facts, bq[1], bk[1]) and gqa else None
+        # One head of keys broadcasts (Falcon's multi-query attention); several serve groups only by enable_gqa.
+        grouped = facts.known(bk[1] == 1) or (gqa and _divides(facts, bq[1], bk[1]))
+        pair = frame.split(level[1], [bk[1], bq[1] // bk[1]]) if grouped else None
         if pair is None or not facts.known(bk[1] == bv[1]):
             found = f"{bq[1]}, {bk[1]} and {bv[1]} heads"
             return refuse(facts, "shape", anchor, "as many heads in k as in v, dividing those of q", found, 0.7)
