@@ -1,9 +1,11 @@
-"""One graph for all sizes of a growing cache: its keys and values have a symbol each."""
+"""SDPA and sizes: one graph for a growing cache, whose keys and values have a symbol each; one head for all queries."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
+from pattern_support import assert_same, fuse
 
 from ascend_dynamo.backend import Backend
 
@@ -42,3 +44,28 @@ def test_counts_known_to_differ_are_refused():
         run(*arguments(5))
     (record,) = backend.records
     assert record.count("flash_attention") == 0 and not record.quarantined
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_head_of_keys_serves_all_queries(dtype):
+    def falcon(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    one = (torch.randn(2, 1, 7, 8, dtype=dtype) for _ in "kv")
+    args = (torch.randn(2, 4, 5, 8, dtype=dtype), *one, torch.rand(2, 1, 5, 7) < 0.7)
+    result = fuse(falcon, args, "sdpa")
+    assert result.fired == ["sdpa"] and result.ops("aten.scaled_dot_product_attention") == 0
+    assert_same(falcon, args, result)
+
+
+@pytest.mark.parametrize("heads", [(1, 4), (4, 1), (2, 2)], ids=str)
+def test_other_counts_of_heads_stay(heads):
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    k, v = (torch.randn(2, n, 7, 8) for n in heads)
+    queries = 4 if 1 in heads else 2
+    q = torch.randn(2, queries, 5, 8)
+    result = fuse(attend, (q, k, v), "sdpa")
+    assert result.fired == ([] if 1 in heads else ["sdpa"])
+    assert_same(attend, (q, k, v), result)
