@@ -30,8 +30,8 @@ SOURCE_DIR = Path(__file__).resolve().parent
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wall")
 # The kernels carry their own instruction set and are entered only after asking the processor: the host's is moot.
 _X86_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma")
-_NEEDS_X86 = frozenset({"linear.cpp", "attention.cpp", "decode.cpp"})
-_NEEDS_TORCH = frozenset({"ops.cpp", "attention_ops.cpp"})
+_NEEDS_X86 = frozenset({"linear.cpp", "attention.cpp", "decode.cpp", "moe.cpp"})
+_NEEDS_TORCH = frozenset({"ops.cpp", "attention_ops.cpp", "moe_ops.cpp"})
 
 
 def cache_dir() -> Path:

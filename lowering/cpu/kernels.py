@@ -11,6 +11,9 @@ ATen, with the same meaning.
 of that name without ``empty_row="uniform"``. The result is [B, Hq, Sq, Dv] laid out as [B, Sq, Hq, Dv]: the head merge
 that follows is a view.
 
+``moe_gate`` and ``moe_experts`` are the dialect's operators of those names, from the plain weights [E, 2I, H] and
+[E, H, I]; the router takes no float64, and orders its choice also where that is left open.
+
 The ``*_portable`` twins never enter our kernels; tests compare with them.
 """
 
@@ -41,6 +44,17 @@ def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any)
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
 
 
+def _experts_fake(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _gate_fake(
+    logits: torch.Tensor, bias: torch.Tensor | None, *, top_k: int, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
 @functools.cache
 def load() -> None:
     """Compile (the first time) and register everything in ``torch.ops.ascend_cpu``. LoweringError if impossible."""
@@ -48,6 +62,8 @@ def load() -> None:
     for suffix in ("", "_portable"):
         torch.library.register_fake(f"ascend_cpu::linear{suffix}", _linear_fake)
         torch.library.register_fake(f"ascend_cpu::flash_attention{suffix}", _attention_fake)
+        torch.library.register_fake(f"ascend_cpu::moe_experts{suffix}", _experts_fake)
+    torch.library.register_fake("ascend_cpu::moe_gate", _gate_fake)
 
 
 def isa() -> str:

@@ -19,7 +19,7 @@ from ascend_dynamo.contracts import Builder, CacheKey, CompiledArtifact, Facts, 
 from ascend_dynamo.dialect import SPECS
 from ascend_dynamo.errors import LoweringError
 from ascend_dynamo.ir.facts import PROLOGUE
-from ascend_dynamo.lowering.cpu import kernels
+from ascend_dynamo.lowering.cpu import kernels, moe
 from ascend_dynamo.lowering.cpu.cost import attention_gain, linear_gain
 from ascend_dynamo.lowering.retrace import retrace
 from ascend_dynamo.runtime.prologue import Artifact
@@ -51,6 +51,12 @@ class CpuLowering:
             _aten.linear.default: _Kernel(_linear_supported, _linear_gain, _lower_linear),
             _ascend.flash_attention.default: _Kernel(
                 _attention_supported, _attention_gain, _lower_attention, (*_DTYPES, torch.float16), anywhere=True
+            ),
+            _ascend.moe_gate.default: _Kernel(
+                moe.gate_supported, moe.gate_gain, moe.lower_gate, (torch.float32,), anywhere=True
+            ),
+            _ascend.moe_experts.default: _Kernel(
+                moe.experts_supported, moe.experts_gain, moe.lower_experts, (*_DTYPES, torch.float16), anywhere=True
             ),
             **{op: _Kernel(_epilogue_supported, _no_round_trip, _lower_epilogue) for op in _EPILOGUES},
         }
@@ -93,6 +99,7 @@ class CpuLowering:
 
 def _wrong_kind(n: fx.Node, dtypes: tuple[torch.dtype, ...], facts: Facts) -> NoMatch | None:
     value = facts.val(n)
+    value = value[0] if isinstance(value, (tuple, list)) else value
     if value.device.type != "cpu":
         return NoMatch("op", n, "a tensor on the CPU", f"one on {value.device}", src=facts.src(n))
     if value.dtype not in dtypes:
@@ -147,7 +154,18 @@ def _attention_gain(n: fx.Node, isa: str) -> float:
 
 
 def _lower_attention(n: fx.Node, b: Builder) -> fx.Node:
-    return b.op(torch.ops.ascend_cpu.flash_attention.default, *n.args, **n.kwargs)
+    near = {name: _keys_side_by_side(n.kwargs[name], b) for name in ("bias", "mask") if n.kwargs.get(name) is not None}
+    return b.op(torch.ops.ascend_cpu.flash_attention.default, *n.args, **{**n.kwargs, **near})
+
+
+def _keys_side_by_side(mask: fx.Node, b: Builder) -> fx.Node:
+    """A mask whose neighbouring keys lie apart (T5's [1, H, Sq, Sk] is a permuted [Sq, Sk, H]) in the order in which the
+    kernel reads it: whatever computes it then writes it so, once for all layers, instead of the kernel at each call."""
+    value = mask.meta["val"]
+    if value.dim() == 0 or compat.size_hint(value.stride(-1)) in (0, 1) or compat.size_hint(value.shape[-1]) == 1:
+        return mask
+    ready = next((u for u in mask.users if u.target is _aten.clone.default), None)
+    return ready or b.op(_aten.clone.default, mask, memory_format=torch.contiguous_format)
 
 
 def _gelu(n: fx.Node) -> str:
