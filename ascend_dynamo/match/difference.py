@@ -10,7 +10,7 @@ import torch
 
 from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.contracts import GraphUnit
-from ascend_dynamo.match.agree import differs_at_dtype, differs_in_algebra, liftable
+from ascend_dynamo.match.agree import Budget, differs_at_dtype, differs_in_algebra, liftable
 from ascend_dynamo.match.evaluate import run_unit
 from ascend_dynamo.match.mutate import copy_unit
 
@@ -26,13 +26,21 @@ class Fault:
 
 
 def difference(
-    unit: GraphUnit, after: GraphUnit, inputs: Sequence[torch.Tensor], *, level: int = 2, expected: Sequence[Any] = ()
+    unit: GraphUnit,
+    after: GraphUnit,
+    inputs: Sequence[torch.Tensor],
+    *,
+    level: int = 2,
+    expected: Sequence[Any] = (),
+    c_ulp: float | None = None,
 ) -> Fault | None:
     """How ``after`` differs from ``unit`` on ``inputs``: in float64, at its own dtype, and from what eager gave.
 
     A cast to less precision than any input has is part of the meaning, in float64 too; one to the precision of the
-    inputs is rounding like any other.
+    inputs is rounding like any other. ``c_ulp`` is for outputs whose rows are not what was added up, such as those of a
+    whole layer: so many roundings of the largest element, and the error of eager anywhere, are the budget of all.
     """
+    budget, at_once = (Budget(), _same) if c_ulp is None else (Budget(c_ulp), _one_row)
     nodes = [n for u in (unit, after) for n in u.gm.graph.nodes]
     exact = liftable(nodes)
     rounded = [_keep_rounding(u, inputs) for u in (unit, after)]
@@ -50,12 +58,21 @@ def difference(
         fault = differs_in_algebra(a64, b64, exact)
         where = "in float64"
         if not fault:
-            fault, where = differs_at_dtype(a, b, a64, level), f"at {a.dtype}"
+            fault, where = differs_at_dtype(at_once(a), at_once(b), at_once(a64), level, budget), f"at {a.dtype}"
         if not fault and i < len(expected):
-            fault, where = differs_at_dtype(expected[i], b, a64, 2), "from eager"
+            fault = differs_at_dtype(at_once(expected[i]), at_once(b), at_once(a64), 2, budget)
+            where = "from eager"
         if fault:
             return Fault(f"output {i} differs {where} {fault}")
     return None
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _one_row(x: Any) -> Any:
+    return x.flatten() if isinstance(x, torch.Tensor) else x
 
 
 def _keep_rounding(unit: GraphUnit, inputs: Sequence[torch.Tensor]) -> GraphUnit:

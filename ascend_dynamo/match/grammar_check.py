@@ -17,6 +17,8 @@ from torch._subclasses import FakeTensorMode
 from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo import capture
 from ascend_dynamo.contracts import GraphUnit
+from ascend_dynamo.dialect import SPECS
+from ascend_dynamo.match.agree import UNITS
 from ascend_dynamo.match.difference import difference
 from ascend_dynamo.match.driver import run_patterns
 from ascend_dynamo.match.fuzz import quiet
@@ -130,10 +132,14 @@ def try_spelling(grammar: Grammar, spelling: Spelling, registry: Registry) -> Ou
     fused = record.count(grammar.op) > 0
     if record.quarantined:
         return outcome(fused, f"{record.quarantined[0].pattern} raises: {record.quarantined[0].error}")
-    fault = difference(unit, after, inputs, expected=expected) if record.fired else None
+    fault = difference(unit, after, inputs, expected=expected, c_ulp=_units(grammar)) if record.fired else None
     if fault is not None:
         return outcome(fused, fault.sentence)
     return outcome(fused, "", "" if fused or near else _reason(record, grammar.op, registry))
+
+
+def _units(grammar: Grammar) -> float:
+    return max(UNITS, SPECS[grammar.op].c_ulp) if grammar.op in SPECS else UNITS
 
 
 def _captured(fn: Callable[..., Any], named: dict[str, torch.Tensor], program: Program) -> GraphUnit:

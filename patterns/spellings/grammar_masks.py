@@ -95,6 +95,15 @@ def vmapped(w: Writer) -> None:
     w.set("keep", "torch.vmap(torch.vmap(rule, (None, 0)), (0, None))(torch.arange(s), torch.arange(t))", "st")
 
 
+def vmapped_padding(w: Writer) -> None:
+    """The same with padding: vmapped over batches, heads, queries and keys."""
+    _padding_input(w)
+    w.add("present = padding.bool()", "", "def rule(n, h, i, j):", "    return (j <= i + (t - s)) & present[n, j]", "")
+    w.add("for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):")
+    w.add("    rule = torch.vmap(rule, in_dims=dims, out_dims=0)")
+    w.set("keep", "rule(torch.arange(b), torch.arange(1), torch.arange(s), torch.arange(t))", "b1st")
+
+
 def _float(axes: str) -> Production:
     """A mask that is added: 0 where visible."""
 
@@ -113,6 +122,35 @@ def _float(axes: str) -> Production:
 def triu_full(w: Writer) -> None:
     """Llama's original: the upper triangle of -inf."""
     w.set("mask", f"torch.triu(torch.full((s, t), -math.inf, dtype={w.dtype}), diagonal=t - s + 1)", "st")
+
+
+def bart(w: Writer) -> None:
+    """BART, Whisper: lowest everywhere, then 0 where a position is not behind; past keys are all visible."""
+    w.add(f"mask = torch.full((s, s), torch.finfo({w.dtype}).min, dtype={w.dtype})", "place = torch.arange(s)")
+    w.add("mask.masked_fill_(place < (place + 1).view(s, 1), 0)")
+    w.set("mask", f"torch.cat([torch.zeros(s, t - s, dtype={w.dtype}), mask], dim=-1)", "st")
+
+
+def _cache_positions(w: Writer) -> None:
+    positions(w)
+    w.lines.pop()
+    w.add(f"mask = torch.full((s, t), torch.finfo({w.dtype}).min, dtype={w.dtype})")
+    w.add("mask *= torch.arange(t) > position.reshape(-1, 1)")
+
+
+def cache_positions(w: Writer) -> None:
+    """transformers 4.40: lowest times a boolean."""
+    _cache_positions(w)
+    w.set("mask", "mask[None, None, :, :].expand(b, 1, -1, -1)", "b1st")
+
+
+def cache_positions_padding(w: Writer) -> None:
+    """The same with padding, which is visible nowhere else."""
+    _cache_positions(w)
+    _padding_input(w)
+    w.add("mask = mask[None, None, :, :].expand(b, 1, -1, -1).clone()")
+    w.add("gone = mask + padding[:, None, None, :].to(mask.dtype) == 0")
+    w.set("mask", f"mask.masked_fill(gone, torch.finfo({w.dtype}).min)", "b1st")
 
 
 def nothing(w: Writer) -> None:
@@ -153,20 +191,36 @@ KINDS: MappingProxyType[str, Production] = MappingProxyType(
             "(((torch.arange(s) + (t - s)) // 3)[:, None] == (torch.arange(t) // 3)[None, :])"
             " & (torch.arange(t) <= (torch.arange(s) + (t - s))[:, None])"
         ),
+        "past_and_tril": _computed(
+            "torch.cat([torch.ones(s, t - s, dtype=torch.bool), torch.ones(s, s, dtype=torch.bool).tril()], dim=1)"
+        ),
+        "tril_rows": _computed("torch.tril(torch.ones(t, t, dtype=torch.bool))[t - s :, :]"),
+        "not_or": _computed(
+            "torch.logical_not(torch.logical_or(torch.arange(t)[None, :] > torch.arange(t - s, t)[:, None],"
+            " torch.arange(t)[None, :] <= torch.arange(t - s, t)[:, None] - 4))"
+        ),
+        "difference": _computed(
+            "(torch.arange(t - s, t).unsqueeze(1) - torch.arange(t).unsqueeze(0)).clamp(max=0) == 0"
+        ),
         "prefix": _computed(
             "(torch.arange(t) < 2)[None, :] | (torch.arange(t)[None, :] <= torch.arange(s)[:, None] + (t - s))"
         ),
         "causal_padding": causal_padding,
         "documents": documents,
         "vmapped": vmapped,
+        "vmapped_padding": vmapped_padding,
         "additive": _float("b1st"),
         "additive_2d": _float("st"),
         "additive_heads": _float("1Hst"),
         "triu_full": triu_full,
+        "bart": bart,
+        "cache_positions": cache_positions,
+        "cache_positions_padding": cache_positions_padding,
         "is_causal": nothing,
     }
 )  # fmt: skip
-FLOATS = ("additive", "additive_2d", "additive_heads", "triu_full")
+FLOATS = ("additive", "additive_2d", "additive_heads", "triu_full", "bart", "cache_positions",
+          "cache_positions_padding")  # fmt: skip
 
 
 def second(w: Writer) -> None:

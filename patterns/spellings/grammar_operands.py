@@ -21,7 +21,7 @@ def _given(w: Writer, q: str, k: str, v: str | None = None, kept: bool = False) 
             if w.order[name] != wanted:
                 w.set(name, w.in_order(name, wanted), wanted)
     w.sizes_from = {
-        "b": f"q.shape[{q.index('b')}]",
+        "b": f"q.shape[{q.find('b')}]",
         "s": f"q.shape[{q.index('s')}]",
         "t": f"k.shape[{k.index('t')}]",
     }
@@ -55,6 +55,10 @@ def three_axes(w: Writer) -> None:
     _given(w, "bsd", "btd", kept=True)
 
 
+def unbatched(w: Writer) -> None:
+    _given(w, "Hsd", "Ktd", kept=True)
+
+
 def hidden(w: Writer) -> None:
     """[B, S, H * D], as a projection gives it."""
     for name, heads, size, letter in (("q", w.Hq, w.D, "s"), ("k", w.Hk, w.D, "t"), ("v", w.Hk, w.Dv, "t")):
@@ -62,6 +66,30 @@ def hidden(w: Writer) -> None:
         axes = {"q": "bhsd", "k": "bhtd", "v": "bhte"}[name]
         w.set(name, f"{name}.view(b, {letter}, {heads}, {size}).transpose(1, 2)", axes)
     w.sizes_from = {"b": "q.shape[0]", "s": "q.shape[1]", "t": "k.shape[1]"}
+
+
+def _projections(w: Writer, source: str, letter: str) -> None:
+    for name, heads, size, rows in (("q", w.Hq, w.D, "s"), ("k", w.Hk, w.D, letter), ("v", w.Hk, w.Dv, letter)):
+        w.inputs[f"w_{name}"] = f"torch.randn({heads * size}, 16, dtype={w.dtype}) / 4"
+        w.inputs[f"b_{name}"] = f"torch.randn({heads * size}, dtype={w.dtype}) / 4"
+        axes = {"q": "bhsd", "k": "bhtd", "v": "bhte"}[name]
+        projected = f"F.linear({'x' if name == 'q' else source}, w_{name}, b_{name})"
+        w.set(name, f"{projected}.view(b, {rows}, {heads}, {size}).transpose(1, 2)", axes)
+
+
+def projected(w: Writer) -> None:
+    """Three linears of one x."""
+    w.input("x", "bs", "torch.randn(SHAPE, 16, dtype=DTYPE)")
+    w.sizes_from = {"b": "x.shape[0]", "s": "x.shape[1]", "t": "x.shape[1]"}
+    _projections(w, "x", "s")
+
+
+def projected_cross(w: Writer) -> None:
+    """Keys and values from somewhere else."""
+    w.input("x", "bs", "torch.randn(SHAPE, 16, dtype=DTYPE)")
+    w.input("context", "bt", "torch.randn(SHAPE, 16, dtype=DTYPE)")
+    w.sizes_from = {"b": "x.shape[0]", "s": "x.shape[1]", "t": "context.shape[1]"}
+    _projections(w, "context", "t")
 
 
 def _packed(w: Writer) -> int:
@@ -107,10 +135,9 @@ def packed_by_head(w: Writer) -> None:
     w.order.update(q="bhsd", k="bhtd", v="bhte")
 
 
-LAYOUTS: MappingProxyType[str, Production] = MappingProxyType(
-    {f.__name__: f for f in (bhsd, bshd, sbhd, hidden, bshd_kept, sbhd_kept, keys_transposed, three_axes, packed_split,
-                             packed_slices, packed_unbind, packed_by_head)}
-)  # fmt: skip
+_LAYOUTS = (bhsd, bshd, sbhd, hidden, projected, projected_cross, bshd_kept, sbhd_kept, keys_transposed, three_axes,
+            unbatched, packed_split, packed_slices, packed_unbind, packed_by_head)  # fmt: skip
+LAYOUTS: MappingProxyType[str, Production] = MappingProxyType({f.__name__: f for f in _LAYOUTS})
 
 
 # ---- grouped heads: every production ends with as many key heads as query heads, or with an axis g of the queries
@@ -144,6 +171,11 @@ def unsqueeze_repeat(w: Writer) -> None:
     _each(w, "{x}.unsqueeze(2).repeat(1, 1, {n}, 1, 1).view(b, {H}, {t}, {d})")
 
 
+def tiled(w: Writer) -> None:
+    """Query head h reads key head h % K: copies side by side, which is no grouped attention."""
+    _each(w, "{x}.repeat(1, {n}, 1, 1)")
+
+
 def index_heads(w: Writer) -> None:
     """Every query head picks its key head: stack of slices."""
     _each(w, "torch.stack([{x}] * {n}, dim=2).flatten(1, 2)")
@@ -169,11 +201,9 @@ def enable_gqa(w: Writer) -> None:
     """scaled_dot_product_attention repeats the heads itself."""
 
 
-GROUPS: MappingProxyType[str, Production] = MappingProxyType(
-    {"none": no_groups} | {f.__name__: f for f in (repeat_kv, repeat_interleave, unsqueeze_expand_flatten,
-                                                   unsqueeze_repeat, index_heads, broadcast, expand_one, grouped,
-                                                   enable_gqa)}
-)  # fmt: skip
+_GROUPS = (repeat_kv, repeat_interleave, unsqueeze_expand_flatten, unsqueeze_repeat, index_heads, tiled, broadcast,
+           expand_one, grouped, enable_gqa)  # fmt: skip
+GROUPS: MappingProxyType[str, Production] = MappingProxyType({"none": no_groups} | {f.__name__: f for f in _GROUPS})
 
 
 # ---- before the product
@@ -182,6 +212,58 @@ GROUPS: MappingProxyType[str, Production] = MappingProxyType(
 def qk_norm(w: Writer) -> None:
     for name in "qk":
         w.set(name, f"F.rms_norm({name}, ({w.D},), eps=1e-6)")
+
+
+def qk_norm_by_hand(w: Writer) -> None:
+    for name in "qk":
+        w.set(name, f"{name} * torch.rsqrt({name}.float().pow(2).mean(-1, keepdim=True) + 1e-6).to({name}.dtype)")
+
+
+def _rotary(w: Writer, turned: str) -> None:
+    for name, rows in (("q", "s"), ("k", "t")):
+        w.input(f"cos_{name}", f"{rows}d")
+        w.input(f"sin_{name}", f"{rows}d")
+        w.set(name, f"{name} * cos_{name} + {turned.replace('x', name)} * sin_{name}")
+
+
+def rotary_halves(w: Writer) -> None:
+    half = w.D // 2
+    _rotary(w, f"torch.cat((-x[..., {half}:], x[..., :{half}]), dim=-1)")
+
+
+def rotary_pairs(w: Writer) -> None:
+    _rotary(w, "torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)")
+
+
+def _cached(w: Writer, form: str) -> None:
+    """Two keys of the past in front of those of now."""
+    axis = w.axis("k", "t")
+    for name in "kv":
+        axes = w.order[name].replace("h", "K").replace("t", "2")
+        w.input(f"past_{name}", axes)
+        w.add(form.replace("NAME", name).replace("AXIS", str(axis)))
+    w.Sk += 2
+    w.sizes_from["t"] += f" + past_k.shape[{axis}]"
+
+
+def cache_cat(w: Writer) -> None:
+    """DynamicCache."""
+    _cached(w, "NAME = torch.cat([past_NAME, NAME], dim=AXIS)")
+
+
+def cache_written(w: Writer) -> None:
+    """A buffer of zeros into which past and present are written."""
+    axis = w.axis("k", "t")
+    w.add("places = torch.arange(k.shape[AXIS]) + 2".replace("AXIS", str(axis)))
+    _cached(w, "NAME = F.pad(past_NAME, (0, 0, 0, NAME.shape[AXIS])).index_copy(AXIS, places, NAME)")
+
+
+CACHES: MappingProxyType[str, Production] = MappingProxyType(
+    {"none": no_groups, "cat": cache_cat, "index_copy": cache_written}
+)
+ROTARIES: MappingProxyType[str, Production] = MappingProxyType(
+    {"none": no_groups, "halves": rotary_halves, "pairs": rotary_pairs}
+)
 
 
 def upcast_qk(w: Writer) -> None:
@@ -195,4 +277,6 @@ def upcast_all(w: Writer) -> None:
 
 
 UPCASTS: MappingProxyType[str, Production] = MappingProxyType({"none": no_groups, "qk": upcast_qk, "all": upcast_all})
-NORMS: MappingProxyType[str, Production] = MappingProxyType({"none": no_groups, "rms": qk_norm})
+NORMS: MappingProxyType[str, Production] = MappingProxyType(
+    {"none": no_groups, "rms": qk_norm, "by_hand": qk_norm_by_hand}
+)

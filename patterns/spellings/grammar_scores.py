@@ -17,8 +17,8 @@ def nothing(w: Writer) -> None:
 
 def _operands(w: Writer) -> tuple[str, str, str]:
     """q and k as matmul takes them (k not transposed), and the axes of the product."""
-    if w.order["q"] == "bsd":
-        return "q", "k", "bst"
+    if len(w.order["q"]) == 3:
+        return "q", "k", w.scores_axes()
     if "g" in w.order["q"]:
         return w.in_order("q", "bhgsd"), f"{w.in_order('k', 'bhtd')}.unsqueeze(2)", "bhgst"
     return w.in_order("q", "bhsd"), w.in_order("k", "bhtd"), "bhst"
@@ -58,8 +58,8 @@ def _flat(w: Writer) -> tuple[str, str]:
 
 
 def bmm(w: Writer) -> None:
-    if w.order["q"] == "bsd":
-        w.set("scores", "torch.bmm(q, k.transpose(1, 2))", "bst")
+    if len(w.order["q"]) == 3:
+        w.set("scores", "torch.bmm(q, k.transpose(1, 2))", w.scores_axes())
         return
     q, k = _flat(w)
     w.set("scores", f"torch.bmm({q}, {k}).view(b, {w.Hq}, s, t)", "bhst")
@@ -81,12 +81,12 @@ def baddbmm_bias(w: Writer) -> None:
 
 
 def einsum(w: Writer) -> None:
-    out = "bst" if w.order["q"] == "bsd" else "bhgst" if "g" in w.order["q"] else "bhst"
+    out = w.scores_axes()
     w.set("scores", f'torch.einsum("{w.order["q"]},{w.order["k"]}->{out}", q, k)', out)
 
 
 def einsum_keys_first(w: Writer) -> None:
-    out = "bst" if w.order["q"] == "bsd" else "bhgst" if "g" in w.order["q"] else "bhst"
+    out = w.scores_axes()
     w.set("scores", f'torch.einsum("{w.order["k"]}, {w.order["q"]} -> {out}", k, q)', out)
 
 
@@ -94,18 +94,22 @@ def einsum_letters(w: Writer) -> None:
     """Other letters, head axis before the batch axis in none of them."""
     table = str.maketrans("bhgstd", "nkrijc")
     q, k = (w.order[name].translate(table) for name in "qk")
-    out = "bst" if w.order["q"] == "bsd" else "bhgst" if "g" in w.order["q"] else "bhst"
+    out = w.scores_axes()
     w.set("scores", f'torch.einsum("{q},{k}->{out.translate(table)}", (q, k))', out)
+
+
+def einsum_heads_inside(w: Writer) -> None:
+    """Scores as [B, S, H, T]."""
+    w.set("scores", f'torch.einsum("{w.order["q"]},{w.order["k"]}->bsht", q, k)', "bsht")
 
 
 def einsum_dots(w: Writer) -> None:
     w.set("scores", f'torch.einsum("...id,...jd->...ij", {w.in_order("q", "bhsd")}, {w.in_order("k", "bhtd")})', "bhst")
 
 
-PRODUCTS: MappingProxyType[str, Production] = MappingProxyType(
-    {f.__name__: f for f in (matmul, matmul_positive, operator_mt, operator_permute, keys_first, bmm, baddbmm,
-                             baddbmm_bias, einsum, einsum_keys_first, einsum_letters, einsum_dots)}
-)  # fmt: skip
+_PRODUCTS = (matmul, matmul_positive, operator_mt, operator_permute, keys_first, bmm, baddbmm, baddbmm_bias, einsum,
+             einsum_keys_first, einsum_letters, einsum_heads_inside, einsum_dots)  # fmt: skip
+PRODUCTS: MappingProxyType[str, Production] = MappingProxyType({f.__name__: f for f in _PRODUCTS})
 
 
 # ---- scale: before the product, or on the scores, or behind the mask
@@ -149,6 +153,9 @@ SCALES: MappingProxyType[str, Production] = MappingProxyType(
         "tensor_sqrt": _on("scores", "scores / torch.sqrt(torch.tensor(D, dtype=TYPE))"),
         "tensor_full": _on("scores", "scores / torch.full([], D**0.5, dtype=scores.dtype)"),
         "inplace": _on("scores", "scores.mul_(0.3)"),
+        "size": _on("scores", "scores / (q.size(-1) ** 0.5)"),
+        "tensor_rsqrt": _on("scores", "scores * torch.rsqrt(torch.tensor(float(D), dtype=TYPE))"),
+        "tensor_number": _on("scores", "scores * torch.tensor(0.3)"),
         "twice": _on("scores", "scores / math.sqrt(D) / 2.0"),
     }
 )
@@ -160,6 +167,7 @@ SOFTCAPS: MappingProxyType[str, Production] = MappingProxyType(
         "div_mul": _on("scores", "torch.tanh(scores / 3.0) * 3.0"),
         "mul_mul": _on("scores", "(scores * (1.0 / 3.0)).tanh() * 3.0"),
         "commuted": _on("scores", "3.0 * torch.tanh(scores / 3.0)"),
+        "folded": _on("scores", "torch.tanh(scores * 0.1) * 3.0"),
     }
 )
 
@@ -196,7 +204,8 @@ def bias_heads3(w: Writer) -> None:
 
 def bias_sub(w: Writer) -> None:
     w.input("bias", "1Hst")
-    w.set("scores", f"{'scores' if w.begun else ''} - {w.fitted('bias', '1Hst')}".strip())
+    begun, w.begun = w.begun, True
+    w.set("scores", f"{'scores' if begun else ''} - {w.fitted('bias', '1Hst')}".strip())
 
 
 def t5(w: Writer) -> None:

@@ -18,7 +18,7 @@ class Writer:
     ``order`` holds the axes of each variable: b batch, h head (g the query heads of one key head, where they are an
     axis of their own), s query, t key, d head size, e size of a value. Inputs and views tell H, the heads of queries,
     from K, those of keys. ``sizes_from`` says where b, s and t are read; ``begun`` is False as long
-    as there are no scores to add to.
+    as there are no scores to add to; ``total`` is what the output is divided by, if the weights were not.
     """
 
     def __init__(self, choices: Mapping[str, str], rng: random.Random) -> None:
@@ -39,6 +39,7 @@ class Writer:
         self.sizes_from: dict[str, str] = {}
         self.returned: list[str] = []
         self.begun = True
+        self.total = ""
         self.why_near = ""
 
     # ---- inputs
@@ -77,6 +78,11 @@ class Writer:
             self.order[name] = order
         return name
 
+    def scores_axes(self) -> str:
+        """The axes of q k^T."""
+        q = self.order["q"]
+        return {"bsd": "bst", "hsd": "hst"}.get(q, "bhgst" if "g" in q else "bhst")
+
     def axis(self, name: str, letter: str) -> int:
         return self.order[name].index(letter)
 
@@ -94,8 +100,12 @@ class Writer:
     def fitted(self, expression: str, axes: str) -> str:
         """A term with axes such as ``b1st`` (H for all heads) as one that broadcasts to the scores."""
         scores = self.order["scores"]
+        if scores == "bsht":
+            return f"{expression}[:, None, :]" if len(axes) == 2 else f"{expression}.transpose(1, 2)"
         if scores == "bhst" or len(axes) == 2:
             return expression
+        if scores == "hst":
+            return f"{expression}.squeeze(0)"
         if scores == "bst":
             return f"{expression}.squeeze(1)"
         if axes[1] == "1":

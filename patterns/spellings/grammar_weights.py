@@ -15,6 +15,8 @@ def _sinks(w: Writer) -> str:
     w.inputs["sinks"] = f"torch.randn({w.Hq}, dtype={w.dtype})"
     if w.order["scores"] == "bhgst":
         return f"sinks.view(1, {w.Hk}, {w.G}, 1, 1).expand(b, -1, -1, s, 1)"
+    if w.order["scores"] == "bsht":
+        return "sinks.view(1, 1, -1, 1).expand(b, s, -1, 1)"
     return "sinks.reshape(1, -1, 1, 1).expand(b, -1, s, 1)"
 
 
@@ -45,7 +47,7 @@ def _called(form: str) -> Production:
 
     def write(w: Writer) -> None:
         dtype = ", dtype=torch.float32" if w.choices["precision"] == "dtype" else ""
-        if w.choices["precision"] == "float":
+        if w.choices["precision"] == "float" or (dtype and "DTYPE" not in form):
             w.set("scores", "scores.float()")
         w.set("p", form.replace("LAST", str(len(w.order["scores"]) - 1)).replace("DTYPE", dtype), w.order["scores"])
 
@@ -56,7 +58,7 @@ def _spelled(*lines: str) -> Production:
     """A softmax by hand; ``x`` are the scores."""
 
     def write(w: Writer) -> None:
-        if w.choices["precision"] != "none":
+        if w.choices["precision"] in ("dtype", "float"):
             w.set("scores", "scores.float()")
         w.add(*lines)
         w.order["p"] = w.order["scores"]
@@ -70,6 +72,7 @@ SOFTMAXES: MappingProxyType[str, Production] = MappingProxyType(
         "functional": _called("F.softmax(scores, dim=-1DTYPE)"),
         "method": _called("scores.softmax(-1DTYPE)"),
         "positive_dim": _called("scores.softmax(dim=LASTDTYPE)"),
+        "module": _called("torch.nn.Softmax(dim=-1)(scores)"),
         "log_softmax": _called("torch.log_softmax(scores, dim=-1DTYPE).exp()"),
         "safe": _called("torch.ops.aten._safe_softmax.default(scores, -1DTYPE)"),
         "amax": _spelled(
@@ -90,9 +93,23 @@ SOFTMAXES: MappingProxyType[str, Production] = MappingProxyType(
         "one_over": _spelled(
             "e = torch.exp(scores - scores.amax(dim=-1, keepdim=True))", "p = e * (1.0 / e.sum(dim=-1, keepdim=True))"
         ),
+        "detached": _spelled(
+            "e = torch.exp(scores - scores.max(dim=-1, keepdim=True).values.detach())",
+            "p = e.div(e.sum(dim=-1, keepdim=True))",
+        ),
         "logsumexp": _spelled("p = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))"),
+        "deferred": lambda w: deferred(w),
     }
 )
+
+
+def deferred(w: Writer) -> None:
+    """Flash attention's own order: the division behind the product with v."""
+    if w.choices["precision"] in ("dtype", "float"):
+        w.set("scores", "scores.float()")
+    w.add("p = torch.exp(scores - scores.amax(dim=-1, keepdim=True))", "total = p.sum(dim=-1, keepdim=True)")
+    w.order["p"] = w.order["scores"]
+    w.total = "total"
 
 
 # ---- the weights
@@ -148,8 +165,8 @@ HEAD_MASKS: MappingProxyType[str, Production] = MappingProxyType(
 
 def _values(w: Writer) -> tuple[str, str]:
     """v as matmul takes it, and the axes of the product."""
-    if w.order["p"] == "bst":
-        return "v", "bse"
+    if w.order["p"] in ("bst", "hst"):
+        return "v", w.order["p"].replace("t", "e")
     if w.order["p"] == "bhgst":
         return f"{w.in_order('v', 'bhte')}.unsqueeze(2)", "bhgse"
     return w.in_order("v", "bhte"), "bhse"
@@ -166,22 +183,29 @@ def operator(w: Writer) -> None:
 
 
 def bmm(w: Writer) -> None:
-    if w.order["p"] == "bst":
-        w.set("y", "torch.bmm(p, v)", "bse")
+    if w.order["p"] in ("bst", "hst"):
+        w.set("y", "torch.bmm(p, v)", w.order["p"].replace("t", "e"))
         return
     v = w.in_order("v", "bhte")
     flat = f"torch.bmm(p.reshape(b * {w.Hq}, s, t), {v}.reshape(b * {w.Hq}, t, {w.Dv}))"
     w.set("y", f"{flat}.view(b, {w.Hq}, s, {w.Dv})", "bhse")
 
 
+def _one_key(w: Writer) -> None:
+    if w.Sk == 1:
+        w.why_near = "einsum multiplies elements where it adds up one"
+
+
 def einsum(w: Writer) -> None:
     out = w.order["p"].replace("t", "e")
+    _one_key(w)
     w.set("y", f'torch.einsum("{w.order["p"]},{w.order["v"]}->{out}", p, v)', out)
 
 
 def einsum_merged(w: Writer) -> None:
     """Straight to [B, S, H, D]."""
     out = w.order["p"].replace("t", "e").replace("s", "").replace("b", "bs")
+    _one_key(w)
     w.set("y", f'torch.einsum("{w.order["p"]},{w.order["v"]}->{out}", p, v)', out)
 
 
@@ -202,11 +226,16 @@ VALUES: MappingProxyType[str, Production] = MappingProxyType(
 def output(w: Writer) -> None:
     """What is returned: y as it is, or with its heads merged."""
     form = w.choices["output"]
-    if w.choices["upcast"] == "all":
+    if w.total:
+        w.add(f"y = y / {w.total}")
+    if w.choices["upcast"] == "all" or w.total:
         w.add(f"y = y.to({w.dtype})")
     order = w.order["y"]
     if form in ("plain", "cloned") or order == "bse":
         w.returned = ["y.contiguous()" if form == "cloned" else "y"]
+        return
+    if order == "hse":
+        w.returned = [f"y.transpose(0, 1).reshape(s, {w.Hq * w.Dv})"]
         return
     if "g" in order:
         merged = "bsHe" if order == "bshge" else "bHse"

@@ -57,6 +57,25 @@ TWISTS: MappingProxyType[str, tuple[str, tuple[str, ...], str]] = MappingProxyTy
         "no_sum": _at("softmax", "p = torch.exp(scores - scores.amax(-1, keepdim=True))"),
         "log_weights": _at("softmax", "p = torch.log_softmax(scores, dim=-1).nan_to_num(0.0, 0.0, 0.0)"),
         "logsumexp_of_queries": _at("softmax", "p = torch.exp(scores - torch.logsumexp(scores, -2, keepdim=True))"),
+        "sinks_of_zero": _at(
+            "softmax",
+            "p = torch.softmax(torch.cat([scores, torch.zeros_like(scores[..., :1])], -1), -1)[..., :-1]",
+        ),
+        "sinks_wrong_end": _at(
+            "softmax",
+            "p = torch.softmax(torch.cat([scores, torch.zeros_like(scores[..., :1])], -1), -1)[..., 1:]",
+        ),
+        "sinks_of_rows": _at(
+            "softmax",
+            "row = extra.expand(*scores.shape[:-1], 1)",
+            "p = torch.softmax(torch.cat([scores, row], -1), -1)[..., :-1]",
+            needs="extra:s1",
+        ),
+        "sinks_renormalised": _at(
+            "softmax",
+            "p = torch.softmax(torch.cat([scores, torch.zeros_like(scores[..., :1])], -1), -1)[..., :-1]",
+            "p = p / p.sum(-1, keepdim=True)",
+        ),
         # the scores
         "alpha_two": _at("scores", "scores = torch.add(scores, extra, alpha=2)", needs="extra:st"),
         "alpha_on_scores": _at("scores", "scores = torch.add(extra, scores, alpha=2)", needs="extra:st"),
@@ -71,6 +90,13 @@ TWISTS: MappingProxyType[str, tuple[str, tuple[str, ...], str]] = MappingProxyTy
         "scale_by_itself": _at("product", "scores = scores / scores.abs().amax()"),
         "scale_after_bias": _at("scores", "scores = (scores + extra) * 0.7", needs="extra:st"),
         "softcap_uneven": _at("product", "scores = torch.tanh(scores / 3.0) * 2.0"),
+        "softcap_after_mask": _at("scores", "scores = torch.tanh(scores / 3.0) * 3.0"),
+        "softcap_then_scale": _at("product", "scores = torch.tanh(scores / 3.0) * 3.0 * 0.5"),
+        "softcap_negative": _at("product", "scores = torch.tanh(scores / -3.0) * -3.0"),
+        "softcap_by_tensor": _at("product", "scores = torch.tanh(scores / extra) * extra", needs="extra:1"),
+        "scale_negative": _at("product", "scores = scores * -0.5"),
+        "scale_zero": _at("product", "scores = scores * 0.0"),
+        "scale_infinite": _at("product", "scores = scores * math.inf"),
         "softcap_outside": _at("scores", "scores = torch.tanh(scores)"),
         "scores_twice": _at("product", "scores = scores + scores.relu()"),
         "scores_squared": _at("product", "scores = scores * scores"),
@@ -78,6 +104,7 @@ TWISTS: MappingProxyType[str, tuple[str, tuple[str, ...], str]] = MappingProxyTy
         "scores_negated": _at("product", "scores = -scores"),
         "scores_minus_row_max": _at("product", "scores = scores - scores.amax(-1, keepdim=True)"),
         "scores_minus_column_max": _at("product", "scores = scores - scores.amax(-2, keepdim=True)"),
+        "scores_in_double": _at("product", "scores = (scores.double() * 0.5).to(q.dtype)"),
         "scores_half": _at("product", "scores = scores.to(torch.float16).to(q.dtype)"),
         "scores_bfloat16": _at("product", "scores = scores.to(torch.bfloat16).to(q.dtype)"),
         "scores_shifted": _at("product", "scores = scores.roll(1, -1)"),
@@ -116,6 +143,8 @@ TWISTS: MappingProxyType[str, tuple[str, tuple[str, ...], str]] = MappingProxyTy
             "scores = scores.masked_fill((j < i) | (j > i + 2), -math.inf)",
         ),
         # the weights
+        "weights_scaled_by_row": _at("weights", "p = p * extra", needs="extra:s1"),
+        "weights_in_double": _at("weights", "p = p.double().to(v.dtype)"),
         "weights_masked": _at("weights", "p = p * (extra > 0)", needs="extra:st"),
         "weights_filled": _at("weights", "p = p.masked_fill(extra > 0, 0.0)", needs="extra:st"),
         "weights_renormalised": _at(
@@ -146,9 +175,16 @@ TWISTS: MappingProxyType[str, tuple[str, tuple[str, ...], str]] = MappingProxyTy
         "weights_transposed": _at("weighted", "y = p.transpose(-1, -2) @ v"),
         "key_not_transposed": _at("product", "scores = q @ k"),
         "heads_mixed": _at("weighted", "y = p @ v.roll(1, 1)"),
+        "value_written": _at("weighted", "v[..., :1] = 0.0", "y = p @ v"),
+        "sinks_not_dropped": _at(
+            "weighted", "y = torch.cat([p, torch.ones_like(p[..., :1])], -1) @ torch.cat([v, v[..., :1, :]], -2)"
+        ),
+        "two_outputs_of_weights": _at("weighted", "y = p @ v + p @ v.flip(-2)"),
         # outputs
         "weights_returned": _at("output", "RETURN p"),
         "scores_returned": _at("output", "RETURN scores"),
+        "scores_shared": _at("output", "RETURN torch.softmax(scores * 2, -1)"),
+        "masked_scores_shared": _at("output", "RETURN torch.softmax(scores, -1).sum()"),
         "weights_summed": _at("output", "RETURN p.sum(-1)"),
         "query_returned": _at("output", "RETURN q + 1"),
         "output_added": _at("output", "RETURN y + 1"),
