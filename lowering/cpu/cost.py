@@ -17,23 +17,27 @@ _PASSES, _STREAM = 4, 10e9  # over scores that are written out, at this many byt
 
 @dataclass(frozen=True)
 class _Rates:
-    """Bytes/s of weight at which ATen's extra pass over it goes; flop/s a thread: ATen's, ours."""
+    """Attention and linears, flop/s a thread: ATen's, ours; bytes/s of weight at which ATen's extra pass over it goes.
 
-    weight: float
-    linear: tuple[float, float]
+    No ``linear``: there is no such kernel."""
+
     prefill: tuple[float, float]
     decode: tuple[float, float]
+    linear: tuple[float, float] | None = None
+    weight: float = 1.0
 
 
 _RATES = {
     # oneDNN reorders a plain bf16 weight on every call; its large products are as fast as ours.
-    torch.bfloat16: _Rates(18e9, (0.212e12, 0.211e12), (0.05e12, 0.14e12), (2.4e9, 29e9)),
-    torch.float32: _Rates(60e9, (0.090e12, 0.101e12), (0.058e12, 0.085e12), (6.6e9, 18e9)),
+    torch.bfloat16: _Rates((0.05e12, 0.14e12), (2.4e9, 29e9), (0.212e12, 0.211e12), 18e9),
+    torch.float32: _Rates((0.058e12, 0.085e12), (6.6e9, 18e9), (0.090e12, 0.101e12), 60e9),
+    # In float32, and rounded.
+    torch.float16: _Rates((0.018e12, 0.075e12), (1.4e9, 8.8e9)),
 }
 
 
 def _rates(dtype: torch.dtype, isa: str, rows: int) -> _Rates | None:
-    if isa == "portable" or (isa == "amx_bf16" and (dtype is torch.float32 or rows > FEW_ROWS)):
+    if isa == "portable" or (isa == "amx_bf16" and (dtype is not torch.bfloat16 or rows > FEW_ROWS)):
         return None
     return _RATES.get(dtype)
 
@@ -44,7 +48,7 @@ def linear_gain(m: int, n: int, k: int, dtype: torch.dtype, *, isa: str, threads
     0 where the operator would call ATen itself: ``isa`` (from ``kernels.isa()``) or dtype without a kernel.
     """
     rates = _rates(dtype, isa, m)
-    if rates is None:
+    if rates is None or rates.linear is None:
         return 0.0
     aten, ours = rates.linear
     return n * k * dtype.itemsize / rates.weight + 2 * m * n * k / threads * (1 / aten - 1 / ours)

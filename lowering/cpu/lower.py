@@ -159,8 +159,10 @@ def _lower_attention(n: fx.Node, b: Builder) -> fx.Node:
 
 
 def _keys_side_by_side(mask: fx.Node, b: Builder) -> fx.Node:
-    """A mask whose neighbouring keys lie apart (T5's [1, H, Sq, Sk] is a permuted [Sq, Sk, H]) in the order in which the
-    kernel reads it: whatever computes it then writes it so, once for all layers, instead of the kernel at each call."""
+    """A mask whose neighbouring keys lie apart (T5's [1, H, Sq, Sk] is a permuted [Sq, Sk, H]), as the kernel reads it.
+
+    Whatever computes it then writes it so, once for all layers, instead of the kernel at each call.
+    """
     value = mask.meta["val"]
     if value.dim() == 0 or compat.size_hint(value.stride(-1)) in (0, 1) or compat.size_hint(value.shape[-1]) == 1:
         return mask

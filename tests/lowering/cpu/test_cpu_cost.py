@@ -40,4 +40,13 @@ def test_attention_gains_where_it_was_measured():
     assert attention_gain(**{**ATTENTION, "isa": "amx_bf16", "queries": 1}) > 0
     assert attention_gain(**{**ATTENTION, "dtype": FP32}) > 0
     assert attention_gain(**{**ATTENTION, "dtype": FP32, "queries": 1}) > 0
-    assert attention_gain(**{**ATTENTION, "dtype": torch.float16}) == 0
+    assert attention_gain(**{**ATTENTION, "dtype": torch.float16}) > 0
+    assert attention_gain(**{**ATTENTION, "dtype": torch.float16, "isa": "amx_bf16"}) == 0
+    assert attention_gain(**{**ATTENTION, "dtype": torch.float64}) == 0
+
+
+@pytest.mark.parametrize("isa", ["portable", "amx_bf16", "avx512_bf16"])
+def test_scores_that_the_reference_would_write_out_are_always_worth_avoiding(isa):
+    for dtype in (BF16, FP32, torch.float16):
+        case = {**ATTENTION, "isa": isa, "dtype": dtype}
+        assert attention_gain(**case, fused=False) > attention_gain(**case, fused=True) >= 0

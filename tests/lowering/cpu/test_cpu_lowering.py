@@ -1,5 +1,7 @@
 """Which ops become kernels on the CPU, why others do not, and that whole models stay right."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,7 +63,7 @@ def test_an_activation_is_not_taken_from_a_linear_that_others_use() -> None:
         (lambda q: attention(q, q, q, scale=0.3, empty_row="zero"), torch.bfloat16, ""),
         (lambda q: attention(q, q, q, scale=0.3, empty_row="uniform"), torch.bfloat16, ""),
         (lambda q: attention(q, q, q, scale=0.3), torch.float64, "expected bfloat16 or float32"),
-        (lambda q: attention(q, q, q, scale=0.3), torch.float16, "would cost"),
+        (lambda q: attention(q, q, q, scale=0.3), torch.float16, ""),
         (lambda q: attention(q, q, q, scale=0.3, softcap=5.0), torch.float16, ""),
         (lambda q: attention(q, q, q[..., :8], scale=0.3), torch.float16, ""),
     ],
@@ -69,6 +71,37 @@ def test_an_activation_is_not_taken_from_a_linear_that_others_use() -> None:
 def test_attention(call, dtype: torch.dtype, reason: str) -> None:  # type: ignore[no-untyped-def]
     ((_, path, found),) = lowered(call, torch.randn(1, 2, 8, 16, dtype=dtype))
     assert (path, reason == "") == (("kernel", True) if not reason else ("reference", False)) and reason in found
+
+
+@pytest.mark.parametrize(
+    ("options", "path"), [({}, "reference"), ({"softcap": 5.0}, "kernel"), ({"sinks": torch.zeros(2)}, "kernel")]
+)
+def test_without_vectors_attention_is_ours_where_scores_would_be_written_out(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], path: str
+) -> None:
+    kernels.load()
+    monkeypatch.setattr(kernels, "isa", lambda: "portable")
+    q = torch.randn(1, 2, 8, 16)
+    assert lowered(lambda q: attention(q, q, q, scale=0.3, **options), q)[0][1] == path
+    assert lowered(lambda q: attention(q, q, q[..., :8], scale=0.3), q)[0][1] == "kernel"
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_permuted_bias_is_written_in_the_order_of_the_kernel_once_for_all_layers() -> None:
+    q, table = torch.randn(1, 2, 8, 16), torch.randn(8, 8, 2)
+
+    def layers(q: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        bias = table.permute(2, 0, 1)[None]
+        q = attention(q, q, q, scale=0.3, bias=bias)
+        return attention(q, q, q, scale=0.3, bias=bias)
+
+    unit, record = trace(layers, (q, table)), CompileRecord()
+    normalize(unit)
+    Lower(CpuLowering(), record).run(unit, Options())
+    clones = unit.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
+    assert len(clones) == 1 and [e.path for e in record.lowered] == ["kernel", "kernel"]
+    unit.gm.recompile()
+    torch.testing.assert_close(unit.gm(q, table)[0], layers(q, table))
 
 
 def test_without_a_compiler_or_vectors_the_reference_runs_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
