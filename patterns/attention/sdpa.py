@@ -70,6 +70,9 @@ class Sdpa(ProceduralPattern):
         if call["dropout_p"] != 0:
             found = f"dropout_p={call['dropout_p']}"
             return refuse(facts, "arg", anchor, "attention without dropout", found, 0.5, "call model.eval()")
+        if call["is_causal"] and mask is not None:
+            fix = "make the mask causal and leave is_causal out"
+            return refuse(facts, "arg", anchor, "a mask or is_causal", "both, which ATen does not define", 0.5, fix)
         if not all(rank(facts, n) in (3, 4) for n in (q, k, v)) or len({rank(facts, n) for n in (q, k, v)}) != 1:
             found = ", ".join(f"{list(facts.val(n).shape)}" for n in (q, k, v))
             return refuse(facts, "shape", anchor, "q, k, v all of three or all of four axes", found, 0.3)
@@ -92,6 +95,11 @@ class Sdpa(ProceduralPattern):
             seen = visible_in_sdpa(facts, mask, (*facts.val(q).shape[:-1], facts.val(k).shape[-2]))
         inputs["seen"] = seen
         inputs["operands"] = [*(x.node for x in seen.masks), *(x.node for x in seen.biases)]
+        level = (*facts.val(q).shape[:-1], facts.val(k).shape[-2])
+        inputs["axes"] = [frame.aligned(facts.val(n).shape, parts[3], level) for n in inputs["operands"]]
+        if None in inputs["axes"]:
+            found = ", ".join(f"{list(facts.val(n).shape)}" for n in inputs["operands"])
+            return refuse(facts, "shape", anchor, "a mask that broadcasts to the scores", found, 0.7)
         notes = (*seen.notes, *cache_notes(facts, (k, -2), (v, -2)))
         return Match(self.name, anchor, frozenset((anchor,)), inputs, (anchor,), notes, seen.computed)
 
@@ -103,11 +111,13 @@ class Sdpa(ProceduralPattern):
         options: dict[str, Any] = {"scale": m.inputs["scale"], "causal": seen.causal, "empty_row": seen.empty_row}
         if seen.window >= 0:
             options["window"] = seen.window
+        at = dict(zip(m.inputs["operands"], m.inputs["axes"], strict=True))
         for x in seen.masks:
-            keep = _four_axes(b, x.node if x.keep else b.op(aten.logical_not.default, x.node), m.anchor)
+            keep = x.node if x.keep else b.op(aten.logical_not.default, x.node)
+            keep = frame.emit(b, keep, at[x.node], g.scores)
             options["mask"] = b.op(aten.logical_and.default, options["mask"], keep) if "mask" in options else keep
         for bias in seen.biases:
-            options["bias"] = _four_axes(b, bias.node, m.anchor)
+            options["bias"] = frame.emit(b, bias.node, at[bias.node], g.scores)
         y = b.op(
             ascend.flash_attention.default,
             emit(b, frame, q, (g.batch, g.heads, g.rows, q.features), kind),
@@ -166,14 +176,6 @@ def _operands(frame: Frame, q: fx.Node, k: fx.Node, v: fx.Node, gqa: bool, ancho
 
 def _divides(facts: Facts, a: Any, b: Any) -> bool:
     return facts.known(a % b == 0)
-
-
-def _four_axes(b: Builder, mask: fx.Node, anchor: fx.Node) -> fx.Node:
-    """A mask of a three-axis attention gets the head axis."""
-    shape = mask.meta["val"].shape
-    if anchor.meta["val"].dim() == 4 or len(shape) < 3:
-        return mask
-    return b.op(aten.reshape.default, mask, [shape[0], 1, *shape[1:]])
 
 
 PATTERNS = (Sdpa(),)

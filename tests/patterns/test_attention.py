@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from pattern_support import assert_same, fuse, snapshot
 
+from ascend_dynamo.contracts import NoMatch
+from ascend_dynamo.ir.facts import GraphFacts
 from ascend_dynamo.patterns.attention import sdpa
 from ascend_dynamo.patterns.spellings import attention as spelled
 
@@ -67,6 +69,27 @@ def test_sdpa_with_a_batch_that_broadcasts_stays():
     q, k, v = qkv()
     missed = fuse(sdpa.plain, (q, k[:1], v[:1]), *ATTENTION).missed("sdpa")
     assert missed.code == "shape" and "one batch" in missed.reason
+
+
+def test_sdpa_masks_follow_heads_that_are_reordered():
+    def fn(q, k, v, mask):  # the copies of the heads are outside: query head h reads key head h % 2
+        k, v = (t[:, None].expand(2, 2, 2, 7, 8).reshape(2, 4, 7, 8) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    args = (*qkv(hk=2), torch.randn(2, 4, 5, 7))
+    result = fuse(fn, args, *ATTENTION)
+    assert result.fired == ["sdpa"] and "aten.expand" not in result.after
+    assert_same(fn, args, result)
+
+
+def test_sdpa_with_both_a_mask_and_is_causal_stays():
+    # torch refuses it too, but a graph may hold it
+    unit = fuse(sdpa.boolean, (*qkv(), torch.rand(5, 7) < 0.7), "rms_norm").unit
+    (call,) = unit.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    call.args = (*call.args[:4], 0.0, True)
+    call.kwargs = {}
+    found = sdpa.Sdpa().match(call, GraphFacts(unit.gm, unit.params))
+    assert isinstance(found, NoMatch) and "is_causal" in found.expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
