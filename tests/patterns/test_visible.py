@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from mask_grammar import Inputs, additive, build, masks
 from torch import Tensor, fx
@@ -47,6 +47,9 @@ class Proven:
         shape = self.facts.val(self.out).shape
         level = Level.of(self.facts, [*([2, 3, 5][: 4 - len(shape)]), *shape])
         guards = compat.guard_count(mode)
+        scores = self.unit.gm.graph.find_nodes(op="placeholder")[0]
+        # some calls fix sizes while they are traced (F.pad does)
+        self.grows = not any(isinstance(self.facts.size(s), int) for s in self.facts.val(scores).shape[-2:])
         boolean = self.facts.val(self.out).dtype == torch.bool
         masks, biases = ([Mask(self.out, level)], []) if boolean else ([], [Added(self.out, level)])
         self.seen = visibility(self.facts, masks, biases, shape[-2:])
@@ -116,7 +119,7 @@ def same_everywhere(tree: Any, sizes: tuple[int, int, int], symbolic: bool) -> N
     p = Proven(function(tree), args, symbolic)
     note(f"{p.seen}")
     p.check(args)
-    if symbolic:
+    if symbolic and p.grows:
         b, sq, sk = sizes
         p.check(inputs(b, sq + 3, sk + 3).tensors())
 
@@ -137,7 +140,7 @@ def test_a_proof_of_an_additive_mask_is_true(tree, sizes):
     same_everywhere(tree, sizes, symbolic=False)
 
 
-@settings(SOUND, max_examples=12)
+@settings(SOUND, max_examples=12, phases=[Phase.generate])  # tracing with symbols is slow: no shrinking
 @given(st.one_of(masks, additive), st.sampled_from([(2, 5, 5), (2, 5, 8), (2, 7, 4)]))
 def test_a_proof_with_symbolic_sizes_is_true_for_other_sizes(tree, sizes):
     same_everywhere(tree, sizes, symbolic=True)
