@@ -13,7 +13,7 @@ from torch import fx
 
 from ascend_dynamo.contracts import Facts, NoMatch
 
-from .._calls import LAYOUT, arg, arguments, aten, commuted, convert, dtype, is_call, lossless, number, rank, refuse
+from .._calls import LAYOUT, arg, arguments, aten, commuted, convert, dtype, is_call, lossless, number, refuse
 from .frame import Atoms, Axes, Frame
 from .read import PRODUCTS, constant
 from .softmax import Softmax
@@ -41,7 +41,7 @@ class Weighted:
 
 def walk_weights(s: Softmax, frame: Frame, axes: Axes, facts: Facts) -> Weighted | NoMatch:
     """The product of the weights of ``s``, whose axes are ``axes``, with v, or why there is none."""
-    n, base, keys = s.weights, s.weights, axes[s.dim]
+    n, base, keys, level = s.weights, s.weights, axes[s.dim], axes
     nodes: set[fx.Node] = set()
     casts: list[fx.Node] = []
     factors: list[tuple[Any, Axes]] = []
@@ -95,7 +95,7 @@ def walk_weights(s: Softmax, frame: Frame, axes: Axes, facts: Facts) -> Weighted
         return refuse(facts, "dtype", narrow or n, expected, wide, 0.8, fix)
     found.nodes |= nodes
     found.factors, found.zeros = factors, zeros
-    return found if s.total is None else _divided(found, s.total, s, facts)
+    return found if s.total is None else _divided(found, s.total, s, frame, level)
 
 
 def _product(user: fx.Node, n: fx.Node, axes: Axes, keys: Atoms, frame: Frame, facts: Facts) -> Weighted | NoMatch:
@@ -122,16 +122,32 @@ def _product(user: fx.Node, n: fx.Node, axes: Axes, keys: Atoms, frame: Frame, f
     return Weighted(user, user, v, v_axes, out_axes, rows, columns, {user})
 
 
-def _divided(w: Weighted, total: fx.Node, s: Softmax, facts: Facts) -> Weighted | NoMatch:
+def _divided(w: Weighted, total: fx.Node, s: Softmax, frame: Frame, level: Axes) -> Weighted | NoMatch:
     """The product, divided by the sum of the exponentials: it must be that of the same rows, axis by axis."""
-    source = arg(total, 0)
-    straight = rank(facts, w.output) == rank(facts, s.weights) and s.dim == rank(facts, s.weights) - 1
-    if (source is not w.output and w.output not in total.all_input_nodes) or list(w.output.users) != [total]:
-        return refuse(facts, "op", total, "weights @ v over the sum of the weights", f"{total.target}", 0.6)
-    if not straight or any(is_call(n, *LAYOUT) for n in w.nodes) or dtype(facts, total) != dtype(facts, w.output):
-        return refuse(facts, "unproven", total, "weights @ v in the layout of the scores", "another layout", 0.6)
+    facts = frame.facts
+    n = base = w.output
+    axes: Axes | None = w.axes
+    while list(n.users) != [total]:
+        users = list(n.users)
+        if len(users) != 1 or not is_call(users[0], *LAYOUT, convert) or axes is None:
+            return refuse(
+                facts, "op", total, "weights @ v over the sum of the weights", f"%{n.name} used otherwise", 0.6
+            )
+        (n,) = users
+        w.nodes.add(n)
+        if is_call(n, convert):
+            if not lossless(dtype(facts, arg(n, 0)), dtype(facts, n)):
+                return refuse(facts, "dtype", n, "a product that is divided before it is rounded", "a cast", 0.6)
+            axes, base = frame.below(base, axes, arg(n, 0)), n
+    axes = None if axes is None else frame.below(base, axes, n)
+    sums = tuple(() if i == s.dim else frame.leaves(atoms) for i, atoms in enumerate(level))
+    wanted = None if axes is None else tuple(() if a == w.columns else frame.leaves(a) for a in axes)
+    if wanted is None or len(wanted) < len(sums) or wanted != ((),) * (len(wanted) - len(sums)) + sums:
+        return refuse(
+            facts, "unproven", total, "each row of weights @ v over the sum of its weights", "other rows", 0.6
+        )
     w.nodes.add(total)
-    w.output = total
+    w.output, w.axes = total, axes  # type: ignore[assignment]
     return w
 
 
