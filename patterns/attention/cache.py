@@ -75,7 +75,7 @@ def describe_units(units: dict[str, KVUnit | NoMatch]) -> tuple[str, ...]:
     if not proven or len(proven) < len(units):
         return ()
     kinds = "/".join(dict.fromkeys(u.kind for u in proven))
-    return (f"kv cache ({kinds}): {', '.join(dict.fromkeys('%' + u.base.name for u in proven))} written only here",)
+    return (f"kv cache ({kinds}): old tokens are read and written only here",)
 
 
 def cache_notes(facts: Facts, *operands: tuple[fx.Node, int]) -> tuple[str, ...]:

@@ -35,12 +35,17 @@ def stores_of(facts: Facts, n: fx.Node, tokens: int) -> list[Store]:
 def writers_of(facts: Facts, base: fx.Node) -> list[fx.Node]:
     """Every call of the graph that may write the memory of ``base``, an input."""
     (output,) = base.graph.find_nodes(op="output")
-    return [e for e in facts.effects_between(base, output) if any(facts.may_alias(w, base) for w in _written(e))]
+    return [e for e in facts.effects_between(base, output) if any(_same_memory(facts, w, base) for w in _written(e))]
 
 
 def readers_of(base: fx.Node) -> list[fx.Node]:
     """Every call that reads elements of ``base``, and not only a size of it."""
     return [n for n in base.users if n.target not in (aten.sym_size.int, aten.sym_numel.default)]
+
+
+def _same_memory(facts: Facts, n: fx.Node, base: fx.Node) -> bool:
+    """Inputs that are written do not overlap (AOTAutograd sees to it), which spares most questions."""
+    return n is base if n.op == "placeholder" else facts.may_alias(n, base)
 
 
 def _keeps(user: fx.Node, n: fx.Node) -> bool:
@@ -58,6 +63,8 @@ def _written(e: fx.Node) -> list[fx.Node]:
     target: Any = e.target
     if not isinstance(target, torch._ops.OpOverload):
         return list(e.all_input_nodes)
+    if target is aten.copy_.default:
+        return [arg(e, 0)]
     found: list[fx.Node] = []
     for i, argument in enumerate(target._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:

@@ -104,6 +104,8 @@ def test_decoding_with_the_caches_of_transformers(kind, attention):
     for record in backend.records:
         assert record.count("mla_absorb") == record.count("flash_attention") == 2
         assert expanded in record.before and expanded not in record.after
+        absorbed = [f for f in record.fired if f.pattern == "mla_absorb"]
+        assert all(any(a.startswith(f"kv cache ({kind})") for a in f.assumes) for f in absorbed)
 
 
 @torch.no_grad()
