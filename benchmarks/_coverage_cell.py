@@ -135,6 +135,8 @@ class Cell:
         return {**worst, "graphs": graphs}
 
     def report(self, records: list[CompileRecord], stage: str, wrong: str) -> dict[str, Any]:
+        if not records:
+            raise RuntimeError(f"nothing was compiled: {stage} ran in eager")
         expected = self.family.expected(self.model.config, stage)
         counts = count.fused(records)
         missing = count.short(expected, counts)

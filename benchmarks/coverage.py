@@ -61,17 +61,20 @@ def run(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, Any
     request = {"family": name, "cells": wanted, "target": args.target}
     worker = Path(__file__).with_name("_coverage_cell.py")
     with (folder / f"{name}.log").open("w") as log:
-        process = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, str(worker), json.dumps(request)],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             env=h.clean_environment(1),
             cwd=worker.parent,
-            timeout=TIMEOUT * max(1, len(wanted)),
-            check=False,
         )
-    results = [json.loads(line) for line in process.stdout.splitlines()]
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT * len(wanted))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+    results = [json.loads(line) for line in output.splitlines()]
     for cell in wanted[len(results) :]:
         died = f"the process ended with code {process.returncode}; see {log.name}"
         lost = {"attention": cell["attention"], "dtype": cell["dtype"], "modes": {}, "seconds": 0.0}
@@ -178,7 +181,7 @@ def main() -> None:
         parser.add_argument("--target", default="reference", choices=("reference", "cpu"))
         parser.add_argument("--attention", default=",".join(ATTENTION))
         parser.add_argument("--dtype", default="", help="float32, bfloat16 or both (default)")
-        parser.add_argument("--jobs", type=int, default=1, help="processes at a time, one thread each")
+        parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each (default 2)")
         parser.add_argument("--resume", type=Path, help="folder of finished families")
 
     args = h.arguments(__doc__, more)
