@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 
 from ascend_dynamo.backend import Backend
+from benchmarks._models import build
 
 tf.logging.set_verbosity_error()
 
@@ -117,3 +118,16 @@ def test_a_prompt_keeps_its_expanded_keys():
     (record,) = backend.records
     assert record.count("mla_absorb") == 0 and record.count("flash_attention") == 1
     assert any(m.pattern == "mla_absorb" and m.code == "cost" for m in record.missed)
+
+
+@torch.no_grad()
+def test_real_head_sizes_and_experts():
+    """``tiny-ds3`` of the benchmarks: 128 + 64 wide keys, experts, greedy tokens of a float32 model."""
+    model = build("tiny-ds3", dtype=torch.float32, check=False)
+    compiled, backend = compiled_by(model)
+    for want, got in steps(model, compiled, lambda: tf.DynamicCache(config=model.config), 2):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+        assert torch.equal(got.argmax(-1), want.argmax(-1))
+    for record in backend.records:
+        assert record.count("mla_absorb") == record.count("flash_attention")
+    assert backend.records[0].count("mla_absorb") == model.config.num_hidden_layers
