@@ -34,7 +34,7 @@ from ascend_dynamo.option_values import (
 )
 
 PREFIX = "ASCEND_DYNAMO_"
-OTHER_VARIABLES = frozenset({"LOGS"})  # variables of ours that are not options
+OTHER_VARIABLES = frozenset({"LOGS", "CACHE_DIR", "CPU_ISA"})  # variables of ours that are not options
 
 
 def _about(read: Callable[[str, Any], Any], values: str, doc: str) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def test_wrong_variables_are_refused_and_named(variable: str, text: str, message
 
 
 def test_the_log_variable_is_not_an_option() -> None:
-    assert resolve({"ASCEND_DYNAMO_LOGS": "+match"}) == Options()
+    for variable in ("LOGS", "CACHE_DIR", "CPU_ISA"):
+        assert resolve({f"ASCEND_DYNAMO_{variable}": "+match"}) == Options()
 
 
 def test_the_real_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
