@@ -80,12 +80,16 @@ FAMILIES = {
     # one projection for QKV and one for gate and up
     "phi3": Family(tf.Phi3Config, LLAMA, llama(merge_linears=0)),
     # experts are stacked: no gate and up to merge
-    "mixtral": Family(tf.MixtralConfig, LLAMA | {"num_local_experts": 4}, llama(merge_linears=L)),
+    "mixtral": Family(
+        tf.MixtralConfig,
+        LLAMA | {"num_local_experts": 4},
+        llama(merge_linears=L, swiglu=0, moe_gate=L, moe_experts=L),
+    ),
     # norms of both latents; their two projections merge; dense and shared experts have gate and up
     "deepseek_v3": Family(
         tf.DeepseekV3Config,
         DEEPSEEK,
-        llama(rms_norm=4 * L + 1, rotary=0, rotary_halves=2 * L, swiglu=L + 1),
+        llama(rms_norm=4 * L + 1, rotary=0, rotary_halves=2 * L, moe_gate=L - 1, moe_experts=L - 1),
     ),
     # parallel residual: one add for both norms of the next layer, and one for the last norm
     "gpt_neox": Family(tf.GPTNeoXConfig, NEOX, {"add_layer_norm": L, "rotary": 2 * L, "rotary_partial": 2 * L}),
