@@ -52,7 +52,10 @@ def whole(terms: Sequence[Term], frame: Frame, g: Groups, zero: bool) -> Flagged
     masks = [Mask(p.term.node, p.level, p.term.keep, p.term.written) for p in places if p.term.is_mask]
     biases = [Added(p.term.node, p.level, p.term.factor) for p in places if not p.term.is_mask]
     v = visibility(frame.facts, masks, biases, (frame.size(g.rows), frame.size(g.keys)), zero)
-    if v is None or not (v.causal != "none" or v.window >= 0 or len(v.masks) + len(v.biases) < len(terms)):
+    if v is None:
+        return None
+    won = v.causal != "none" or v.window >= 0 or len(v.masks) + len(v.biases) < len(terms)
+    if not won and v.empty_row != "zero":
         return None
     return _flagged(v, places, v.empty_row, frame.facts)
 

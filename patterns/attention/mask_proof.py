@@ -151,7 +151,7 @@ class _Prover:
             return self._solved(visible, fills)
         if isinstance(leaf, Element) and leaf.node is not mask and fills and self._aligned(leaf):
             return self._solved(visible, fills, leaf.node)
-        return f"%{mask.name} {reason(self.facts, leaf)}"
+        return f"%{mask.name}: {reason(self.facts, leaf)}"
 
     def _solved(
         self, visible: Formula, fills: frozenset[float] = frozenset(), bias: fx.Node | None = None

@@ -99,19 +99,25 @@ def visibility(
     given = [_read(facts, a) for a in biases]
     added = [s for s in given if not _is_zero(s)]
     hiding, plain = [s for s in added if s.fills], [s for s in added if not s.fills]
-    why = tuple(w for s in (*hidden, *added) if (w := _why(s)))
     for taken, left in ((hiding, plain), ([], added)) if hiding else (([], added),):
         found = _flags_and_masks(facts, [*hidden, *taken], (sq, sk))
         if found is None or (taken and not _pays(facts, found, taken)):
             continue
         rest = [a for s in (*taken, *left) if (a := _bias(s, s in taken)) is not None]
-        empty = _empty_row(facts, found, hidden, taken, rest, zero)
+        loud = [a for a in rest if not _calm(facts, a)]
+        others = [s for s in left if s.given in loud]
+        empty = _empty_row(found, hidden, taken, others, bool(rest), zero)
         if empty is not None:
             read = found.computed.union(*(s.proof.computed for s in given if isinstance(s.proof, Proof)))
-            moot = found.moot and all(_calm(facts, a) for a in rest)
-            why = tuple(dict.fromkeys((*found.why, *why, *(_beside(s) for s in left if s.fills))))
+            why = [_why(s) for s in (*hidden, *taken, *others)] + [_beside(s) for s in left if s.fills]
             return replace(
-                found, biases=tuple(rest), empty_row=empty[0], moot=moot, assumes=empty[1], why=why, computed=read
+                found,
+                biases=tuple(rest),
+                empty_row=empty[0],
+                moot=found.moot and not loud,
+                assumes=empty[1],
+                why=tuple(dict.fromkeys(w for w in (*found.why, *why) if w)),
+                computed=read,
             )
     return None
 
@@ -160,6 +166,11 @@ def _calm(facts: Facts, a: Added) -> bool:
     return abs(a.factor) <= LARGEST and moderate(facts, a.node)
 
 
+def _finite(s: _Source) -> bool:
+    """True for a mask of 0 and finite numbers."""
+    return bool(s.fills) and -math.inf not in s.fills and isinstance(s.proof, Proof) and s.proof.bias is None
+
+
 def _bias(s: _Source, taken: bool) -> Added | None:
     """What a term adds; of one that is taken for a mask, what it adds where it hides nothing."""
     assert isinstance(s.given, Added)
@@ -169,21 +180,27 @@ def _bias(s: _Source, taken: bool) -> Added | None:
 
 
 def _empty_row(
-    facts: Facts, found: Visible, hidden: list[_Source], taken: list[_Source], rest: list[Added], zero: bool
+    found: Visible, hidden: list[_Source], taken: list[_Source], loud: list[_Source], biased: bool, zero: bool
 ) -> tuple[str, tuple[str, ...]] | None:
-    """What a row without a visible key gives, and what that rests on; None if ``empty_row`` has no name for it."""
+    """What a row without a visible key gives, and what that rests on; None if ``empty_row`` has no name for it.
+
+    ``loud`` are the terms that stay and may hide keys; ``biased``: any terms stay.
+    """
     fills = frozenset[float]().union(*(s.fills for s in (*hidden, *taken)))
     nothing = "zero" if zero else "nan"
-    if fills <= {-math.inf}:
+    vanish = () if fills <= {-math.inf} else ("scores are above finfo.min",)
+    finite = not loud or (len(loud) == 1 and _finite(loud[0]))
+    if found.moot and biased and finite and not (loud and vanish):
+        return "zero", (*vanish, "the bias is finite, so no row is empty")  # nothing to repair
+    if not vanish:
         return nothing, ()
-    assumes = ("scores are above finfo.min",)
-    if not all(_calm(facts, a) for a in rest):
+    if loud:
         return None
     if found.moot:
-        return nothing, assumes
+        return nothing, vanish
     one = len(fills) == 1 and len(taken) + bool(hidden) == 1
-    absorbs = max(fills) <= ABSORBS or not (taken or rest)
-    return ("uniform", assumes) if one and absorbs else None
+    absorbs = max(fills) <= ABSORBS or not (taken or biased)
+    return ("uniform", vanish) if one and absorbs else None
 
 
 def _pays(facts: Facts, found: Visible, hiding: list[_Source]) -> bool:
