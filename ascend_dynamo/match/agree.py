@@ -14,6 +14,8 @@ from ascend_dynamo.dialect import is_dialect_op, spec_of
 from ascend_dynamo.dialect.equal import agree, bitwise
 
 UNITS = 4.0  # roundings of the dtype that a result may be off beyond what eager is off
+_aten = torch.ops.aten
+_LAYOUT = frozenset((_aten.permute.default, _aten.reshape.default))
 _LIFTABLE = frozenset({"aten", "prims", "ascend", "_operator"})
 
 
@@ -54,7 +56,15 @@ PLAIN = Budget()  # of what is no dialect operator
 
 
 def budget_of(node: fx.Node, lifted: Mapping[fx.Node, Any]) -> Budget:
-    """The budget of the dialect operator that makes ``node`` (itself, or a part of its result), on float64 values."""
+    """The budget of the dialect operator that makes ``node``, on float64 values: itself, a part of its result, or its
+    result in another layout."""
+    if node.target in _LAYOUT and isinstance(node.args[0], fx.Node):
+        source = node.args[0]
+        found = budget_of(source, lifted)
+        if found.row_scale is None or source not in lifted:
+            return found
+        args = fx.node.map_arg(tuple(node.args[1:]), lambda n: lifted.get(n, n.meta.get("val")))
+        return Budget(found.c_ulp, node.target(found.row_scale.expand_as(lifted[source]), *args))  # type: ignore[operator]
     index = None
     if node.target is operator.getitem:
         node, index = node.args  # type: ignore[assignment]
