@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check", help="lint the registry and fuzz every pattern over its domain")
     check.add_argument("--budget", type=_positive, default=20, metavar="N", help="fuzz cases per pattern (default 20)")
     check.add_argument(
-        "--spellings", type=_count, default=200, metavar="N", help="random spellings per grammar (default 200, 0: none)"
+        "--spellings", type=_count, default=300, metavar="N", help="random spellings per grammar (default 300, 0: none)"
     )
     check.add_argument("--seed", type=int, default=0, help="the same seed draws the same cases (default 0)")
     check.add_argument("--only", action="append", metavar="NAME", help="check this pattern (may be repeated)")

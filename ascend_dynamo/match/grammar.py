@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-PLAIN = (0.4, 0.65, 0.9)  # how likely a dimension keeps its default; one of these per spelling
+PLAIN = (0.4, 0.65, 0.9, 1.0)  # how likely a dimension keeps its default; one of these per spelling
+SIMPLE = (0.9, 1.0, 1.0)  # the same for a spelling that is near
 RARE = 0.95
 DRAWS = 32
 
@@ -120,8 +121,9 @@ class Grammar:
         return self.write(spelling.choices, random.Random(spelling.seed))
 
     def draw(self, rng: random.Random, pinned: tuple[str, str] | None = None) -> Spelling:
-        """A random spelling; ``pinned`` is a production that it has."""
-        plain = rng.choice(PLAIN)
+        """A random spelling; ``pinned`` is a production that it has. What is near is drawn on something simple: only a
+        recogniser that knows the rest can be wrong about it."""
+        plain = rng.choice(SIMPLE if pinned in self.near else PLAIN)
         choices: dict[str, str] = {}
         for dimension, (default, *others) in self.dimensions.items():
             real = [p for p in others if (dimension, p) not in self.near]

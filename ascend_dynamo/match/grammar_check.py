@@ -7,7 +7,7 @@ against eager. Wrong ones and those that did not fuse are shrunk.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,16 +86,12 @@ def check_grammar(
 ) -> GrammarResult:
     """``budget`` spellings of ``grammar`` under ``patterns``; the same seed draws the same ones.
 
-    Every production is pinned in turn, so that all of them come up before any is pinned twice. At most ``misses``
-    spellings that did not fuse are shrunk. ``step`` is called after each spelling.
+    At most ``misses`` spellings that did not fuse are shrunk. ``step`` is called after each spelling.
     """
     registry = Registry(patterns)
-    rng = random.Random(f"{grammar.name} {seed}")
-    order = [p for p in grammar.productions() if p[1] != grammar.dimensions[p[0]][0]]
-    rng.shuffle(order)
     result = GrammarResult(grammar.name, grammar.op, seed)
-    for i in range(budget):
-        outcome = try_spelling(grammar, grammar.draw(rng, order[i % len(order)]), registry)
+    for spelling in spellings(grammar, budget, seed):
+        outcome = try_spelling(grammar, spelling, registry)
         result.outcomes.append(outcome)
         if outcome.wrong:
             _add(result.wrong, grammar, outcome, registry)
@@ -105,37 +101,75 @@ def check_grammar(
     return result
 
 
+def spellings(grammar: Grammar, budget: int, seed: int = 0) -> Iterator[Spelling]:
+    """Random spellings; every production is pinned in turn, so that all come up before any is pinned twice."""
+    rng = random.Random(f"{grammar.name} {seed}")
+    order = [p for p in grammar.productions() if p[1] != grammar.dimensions[p[0]][0]]
+    rng.shuffle(order)
+    for i in range(budget):
+        yield grammar.draw(rng, order[i % len(order)])
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A spelling as a normalised unit, its inputs, what eager gives for them, and whether it is near its grammar."""
+
+    spelling: Spelling
+    special: tuple[tuple[str, str], ...]
+    near: bool
+    unit: GraphUnit
+    inputs: list[torch.Tensor]
+    expected: list[Any]
+
+    def became(self, fused: bool, wrong: str = "", reason: str = "") -> Outcome:
+        return Outcome(self.spelling, self.special, self.near, fused, wrong, reason)
+
+
 def try_spelling(grammar: Grammar, spelling: Spelling, registry: Registry) -> Outcome:
     """Capture one spelling, rewrite it, compare."""
+    captured = capture_spelling(grammar, spelling)
+    return captured if isinstance(captured, Outcome) else try_captured(grammar, captured, registry)
+
+
+def capture_spelling(grammar: Grammar, spelling: Spelling) -> Captured | Outcome:
+    """Run a spelling in eager and capture it; an outcome if one of these fails."""
     program = grammar.program(spelling)
     near = grammar.is_near(spelling.choices) or bool(program.why_near)
-
-    def outcome(fused: bool, wrong: str, reason: str = "") -> Outcome:
-        return Outcome(spelling, tuple(grammar.special(spelling.choices)), near, fused, wrong, reason)
-
+    special = tuple(grammar.special(spelling.choices))
+    done = "the spelling does not run"
     try:
         fn, named = program.build(spelling.seed)
         with torch.no_grad(), compat.no_dispatch_modes():
             out = fn(*(t.clone() for t in named.values()))
+        done = "capturing it fails"
+        with quiet():
+            unit = _captured(fn, named, program)
     except Exception as error:
-        return outcome(False, f"the spelling does not run: {type(error).__name__}: {error}")
+        return Outcome(spelling, special, near, False, f"{done}: {type(error).__name__}: {error}")
     expected = list(out) if isinstance(out, (tuple, list)) else [out]
-    inputs = list(named.values())
+    return Captured(spelling, special, near, unit, list(named.values()), expected)
+
+
+def try_captured(grammar: Grammar, captured: Captured, registry: Registry) -> Outcome:
+    """Rewrite a copy of a captured spelling by the patterns of ``registry``, and compare."""
     record = CompileRecord()
+    after = copy_unit(captured.unit)
+    options = Options(level=3, plugins=(), strict=False, validate=False)
     with quiet():
         try:
-            unit = _captured(fn, named, program)
-            after = copy_unit(unit)
-            run_patterns(after, registry, Options(level=3, plugins=(), strict=False, validate=False), record)
+            run_patterns(after, registry, options, record)
         except Exception as error:
-            return outcome(False, f"compiling raises {type(error).__name__}: {error}")
+            return captured.became(False, f"the driver raises {type(error).__name__}: {error}")
     fused = record.count(grammar.op) > 0
     if record.quarantined:
-        return outcome(fused, f"{record.quarantined[0].pattern} raises: {record.quarantined[0].error}")
-    fault = difference(unit, after, inputs, expected=expected, c_ulp=_units(grammar)) if record.fired else None
-    if fault is not None:
-        return outcome(fused, fault.sentence)
-    return outcome(fused, "", "" if fused or near else _reason(record, grammar.op, registry))
+        first = record.quarantined[0]
+        return captured.became(fused, f"{first.pattern} raises {first.error}")
+    if record.fired:
+        units = _units(grammar)
+        fault = difference(captured.unit, after, captured.inputs, expected=captured.expected, c_ulp=units)
+        if fault is not None:
+            return captured.became(fused, fault.sentence)
+    return captured.became(fused, "", "" if fused or captured.near else _reason(record, grammar.op, registry))
 
 
 def _units(grammar: Grammar) -> float:
@@ -195,7 +229,7 @@ def _shrunk(grammar: Grammar, outcome: Outcome, registry: Registry) -> Example:
     return Example(spelling.text(grammar), last.special, last.wrong or last.reason, source)
 
 
-_KINDS = ("differs", "does not run", "raises")
+_KINDS = ("differs", "does not run", "fails", "raises")
 
 
 def _kind(sentence: str) -> str:

@@ -81,7 +81,7 @@ TWISTS: MappingProxyType[str, tuple[str, tuple[str, ...], str]] = MappingProxyTy
         "alpha_on_scores": _at("scores", "scores = torch.add(extra, scores, alpha=2)", needs="extra:st"),
         "mask_multiplied": _at("scores", "scores = scores * (extra > 0)", needs="extra:st"),
         "mask_times_and_plus": _at(
-            "scores", "scores = scores * (extra > 0) - 10000.0 * (extra <= 0)", needs="extra:st"
+            "scores", "scores = scores * (extra > 0) - (extra <= 0).to(scores.dtype) * 10000.0", needs="extra:st"
         ),
         "mask_not_binary": _at("scores", "scores = scores + (1.0 - extra) * -3.0", needs="extra:st"),
         "scale_of_rows": _at("product", "scores = scores * extra", needs="extra:s1"),
