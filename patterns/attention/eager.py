@@ -174,12 +174,10 @@ def _query_and_key(
     weight = is_call(product, aten.linear.default)  # [Sk, D] instead of [D, Sk]
     keys = frame.leaves(keys)
     columns, lines = frame.leaves(axes[-1]), frame.leaves(axes[-2])
-    if min(len(shape) for shape in shapes) < 2 or (columns != keys and lines != keys):
-        return refuse(facts, "arg", product, "a softmax along the rows or columns of q k^T", "along other axes", 0.5)
     batch = facts.val(product).shape[:-2]
-    outer = [frame.aligned(shape[:-2], axes[:-2], batch) for shape in shapes]
-    if None in outer:
-        return refuse(facts, "shape", product, "q and k that broadcast to their product", f"{shapes}", 0.5)
+    outer = [frame.aligned(shape[:-2], axes[:-2], batch) for shape in shapes if len(shape) >= 2]
+    if len(outer) < 2 or None in outer or (columns != keys and lines != keys):
+        return refuse(facts, "arg", product, "a softmax along the rows or columns of q k^T", "along other axes", 0.5)
     (features,) = frame.fresh([shapes[0][-1]])
     first: Axes = (*outer[0], axes[-2], features)  # type: ignore[misc]
     second: Axes = (*outer[1], axes[-1], features) if weight else (*outer[1], features, axes[-1])  # type: ignore[misc]

@@ -68,11 +68,17 @@ def find_sinks(column: fx.Node, frame: Frame, axes: Axes, facts: Facts) -> Sinks
     """The tensor behind a column of sinks beside scores with ``axes``: it was repeated for batch and rows."""
     source, labels = facts.axes(column)
     found: dict[str, Atoms] = {}
+    sizes = facts.val(source).shape
     for atoms, label in zip(axes, labels, strict=True):
-        if label == "1" or label.startswith("x"):
-            continue
-        if "*" in label:
-            return refuse(facts, "shape", column, "one sink per head", "sinks of unknown axes", 0.5)
-        found[label] = atoms
-    whole = tuple(frame.whole(found, i) for i in range(facts.val(source).dim()))
-    return Sinks(source, whole)
+        parts = label.split("*")
+        own = [part for part in parts if part.startswith("d")]
+        if len(parts) == 1:
+            found.update(dict.fromkeys(own, atoms))
+        elif own:  # copies for the batch in front of the heads: scores [B*H, Sq, Sk]
+            total, heads = frame.size(atoms), None if "." in parts[-1] else sizes[int(parts[-1][1:])]
+            whole = len(parts) == 2 and parts[-1] in own and isinstance(total, int) and isinstance(heads, int)
+            pieces = frame.split(atoms, [total // heads, heads]) if whole else None
+            if pieces is None:
+                return refuse(facts, "shape", column, "one sink per head", "sinks of unknown axes", 0.5)
+            found[parts[-1]] = pieces[1]
+    return Sinks(source, tuple(frame.whole(found, i) for i in range(len(sizes))))

@@ -28,9 +28,7 @@ def _what(n: Any, facts: Facts) -> str:
         return "numbers"
     if is_call(n, aten.linear.default) or is_call(n, aten.addmm.default):
         weight = arg(n, 1)
-        return (
-            f"%{n.name}, a linear with the weight %{weight.name}: logits of a router or classifier, no q k^T above it"
-        )
+        return f"%{n.name}, a linear with the weight %{weight.name} (router logits, a classifier), no q k^T above it"
     if n.op == "placeholder":
         return f"the input %{n.name}, no q k^T above it"
     return f"%{n.name} = {n.target}(...), no q k^T above it"

@@ -94,8 +94,6 @@ def step_scale(n: fx.Node, s: Scores, facts: Facts) -> fx.Node | NoMatch | None:
     source, factor = found
     if not math.isfinite(factor) or not factor > 0:
         return refuse(facts, "arg", n, "a finite, positive scale", f"{factor}", s.progress)
-    if dtype(facts, source) != dtype(facts, n):
-        return refuse(facts, "dtype", n, "a scale of the dtype of the scores", f"{dtype(facts, n)}", s.progress)
     s.factor *= factor
     return source
 

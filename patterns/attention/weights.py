@@ -111,11 +111,9 @@ def _product(user: fx.Node, n: fx.Node, axes: Axes, keys: Atoms, frame: Frame, f
                       "a softmax over another dim than the product with v sums over", 0.5, fix)  # fmt: skip
     shape, out = facts.val(v).shape, facts.val(user).shape
     same = all(facts.known(a == b) for a, b in zip(out[:-2], facts.val(n).shape[:-2], strict=False))
-    if len(out) != len(axes) or not same:
-        return refuse(facts, "shape", user, "weights as large as their product with v", f"{list(shape)}", 0.6)
-    batch = frame.aligned(shape[:-2], axes[:-2], out[:-2])
+    batch = frame.aligned(shape[:-2], axes[:-2], out[:-2]) if len(out) == len(axes) and same else None
     if batch is None or len(shape) < 2:
-        return refuse(facts, "shape", user, "v that broadcasts to the weights", f"{list(shape)}", 0.6)
+        return refuse(facts, "shape", user, "weights as large as their product with v", f"{list(shape)}", 0.6)
     (columns,) = frame.fresh([shape[-1 if left else -2]])
     v_axes = (*batch, keys, columns) if left else (*batch, columns, keys)
     out_axes = (*axes[:-2], rows, columns) if left else (*axes[:-2], columns, rows)

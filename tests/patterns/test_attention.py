@@ -82,13 +82,45 @@ def test_sdpa_masks_follow_heads_that_are_reordered():
     assert_same(fn, args, result)
 
 
-def test_sdpa_with_both_a_mask_and_is_causal_stays():
-    # torch refuses it too, but a graph may hold it
+def _sdpa_call():
     unit = fuse(sdpa.boolean, (*qkv(), torch.rand(5, 7) < 0.7), "rms_norm").unit
     (call,) = unit.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    return call, GraphFacts(unit.gm, unit.params)
+
+
+SDPA_REFUSALS = [
+    (0, (2, 4, 5), torch.float32, "q, k, v all of three or all of four axes"),
+    (0, (2, 4, 5, 8), torch.bfloat16, "q, k, v of one dtype"),
+    (0, (2, 4, 5, 6), torch.float32, "one head size of q and k"),
+    (0, (2, 6, 5, 8), torch.float32, "as many heads in k as in v"),
+    (0, (3, 4, 5, 8), torch.float32, "one batch of q, k and v"),
+    (2, (2, 4, 6, 8), torch.float32, "as many values as keys"),
+    (3, (3, 7), torch.bool, "a mask that broadcasts to the scores"),
+]
+
+
+@pytest.mark.parametrize(("which", "shape", "dtype", "expected"), SDPA_REFUSALS)
+def test_sdpa_of_sizes_that_do_not_fit_stays(which, shape, dtype, expected):
+    call, facts = _sdpa_call()
+    call.args[which].meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+    found = sdpa.Sdpa().match(call, facts)
+    assert isinstance(found, NoMatch) and expected in found.expected, found
+
+
+def test_sdpa_without_head_size_has_no_scale():
+    call, facts = _sdpa_call()
+    for n in call.args[:2]:
+        n.meta["val"] = torch.empty((2, 4, n.meta["val"].shape[2], 0), device="meta")
+    found = sdpa.Sdpa().match(call, facts)
+    assert isinstance(found, NoMatch) and "a fixed head size" in found.expected
+
+
+def test_sdpa_with_both_a_mask_and_is_causal_stays():
+    # torch refuses it too, but a graph may hold it
+    call, facts = _sdpa_call()
     call.args = (*call.args[:4], 0.0, True)
     call.kwargs = {}
-    found = sdpa.Sdpa().match(call, GraphFacts(unit.gm, unit.params))
+    found = sdpa.Sdpa().match(call, facts)
     assert isinstance(found, NoMatch) and "is_causal" in found.expected
 
 

@@ -382,13 +382,19 @@ def _sinks_first(q, k, v, hide, sinks):
     return torch.softmax(s, -1, dtype=torch.float32)[..., 1:].to(v.dtype) @ v
 
 
+def _sinks_flat(q, k, v, hide, sinks):
+    s = torch.bmm(q.reshape(8, 5, 8), k.reshape(8, 7, 8).mT).view(2, 4, 5, 7).masked_fill(hide, NINF).view(8, 5, 7)
+    s = torch.cat([s, sinks.view(1, 4, 1, 1).expand(2, 4, 5, 1).reshape(8, 5, 1)], -1)
+    return torch.bmm(s.softmax(-1)[..., :-1], v.reshape(8, 7, 8))
+
+
 def _one_sink(q, k, v, hide, sinks):
     s = torch.cat([(q @ k.mT).masked_fill(hide, NINF), sinks[:1].view(1, 1, 1, 1).expand(2, 4, 5, 1)], 3)
     return s.softmax(3)[..., :7] @ v
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fn", [_sinks, _sinks_first, _one_sink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fn", [_sinks, _sinks_first, _sinks_flat, _one_sink], ids=lambda f: f.__name__)
 def test_sinks(fn, dtype):
     args = (*qkv(dtype), hidden(), torch.randn(4, dtype=dtype))
     result = fuse(fn, args, *ATTENTION)
