@@ -85,11 +85,11 @@ def find_latent(facts: Facts, attention: fx.Node) -> LatentAttention | NoMatch:
     if refusal is not None:
         return refusal
     nope, rope = key.weights.size, shared.shape[3]
-    split = ((0, nope), (nope, nope + rope)) if at == 0 else ((rope, rope + nope), (0, rope))
+    plain, roped = ((0, nope), (nope, nope + rope)) if at == 0 else ((rope, rope + nope), (0, rope))
     source = facts.axes(k)[0]
     joined = is_call(q, aten.cat.default) and arg(q, 1) == 3 and list(q.users) == [attention]
     nodes = frozenset((attention, source, *between(k, source), *key.nodes, *value.nodes, *([q] if joined else [])))
-    return LatentAttention(attention, q, *split, key.latent, shared, key.weights, value.weights, nodes)
+    return LatentAttention(attention, q, plain, roped, key.latent, shared, key.weights, value.weights, nodes)
 
 
 def _pieces(facts: Facts, k: fx.Node) -> list[tuple[fx.Node, Labels]] | None:

@@ -33,11 +33,11 @@ Kind = Literal["dynamic", "static", "sliding"]
 class KVUnit:
     """One cache of one attention.
 
-    ``base`` is the input that holds the old tokens, ``new`` what is written, ``position`` where: the first position
-    (an int or a size) or the node of an index tensor. ``write`` is the call whose result holds old and new tokens,
-    ``store`` the call that keeps it (``copy_``, or the graph's output), ``read`` the operand of the attention, which
-    sees ``length`` tokens. ``axes`` says which axes of ``base`` are batch, head, token and feature (labels of
-    ``Facts.axes``).
+    ``base`` is the input that holds the old tokens, ``new`` what is written, ``position`` where in the result: the
+    first position (an int or a size) or the node of an index tensor. ``write`` is the call whose result holds old and
+    new tokens, ``store`` the call that keeps it (``copy_``, or the graph's output), ``read`` the operand of the
+    attention, which sees ``length`` tokens. ``axes`` says which axes of ``base`` are batch, head, token and feature
+    (labels of ``Facts.axes``).
     """
 
     kind: Kind
@@ -114,7 +114,7 @@ def _up(facts: Facts, n: fx.Node, labels: Labels) -> tuple[fx.Node, Labels, tupl
     end: Any = None
     source = facts.axes(n)[0]
     while is_call(source, aten.slice.Tensor) and labels[2] == f"d{arg(source, 1)}" and arg(source, 4) == 1:
-        first, last = (a.meta["val"] if isinstance(a, fx.Node) else a for a in source.args[2:4])
+        first, last = (facts.val(a) if isinstance(a, fx.Node) else a for a in (arg(source, 2), arg(source, 3)))
         end = first + (end if end is not None else last - first)
         start = first + start
         source, outer = facts.axes(arg(source, 0))

@@ -53,9 +53,9 @@ def _keeps(user: fx.Node, n: fx.Node) -> bool:
 
 
 def _to_the_end(facts: Facts, n: fx.Node) -> bool:
-    source, dim, _, end, step = n.args
+    source, dim, end = arg(n, 0), arg(n, 1), arg(n, 3)
     last = facts.val(end) if isinstance(end, fx.Node) else end
-    return step == 1 and facts.known(last == facts.val(source).shape[dim])  # type: ignore[arg-type]
+    return bool(arg(n, 4) == 1 and facts.known(last == facts.val(source).shape[dim]))
 
 
 def _written(e: fx.Node) -> list[fx.Node]:

@@ -79,20 +79,19 @@ def read_write(facts: Facts, n: fx.Node, labels: Labels) -> Write | NoMatch:
 
 
 def _cat(facts: Facts, n: fx.Node, tokens: int, labels: Labels) -> Write | NoMatch:
-    pieces, dim = n.args
+    pieces, dim = arg(n, 0), arg(n, 1)
     if dim != tokens:
         return refuse(facts, "arg", n, f"new tokens joined along axis {tokens}", f"axis {dim}", 0.4)
-    if len(pieces) != 2 or not all(isinstance(p, fx.Node) for p in pieces):  # type: ignore[arg-type]
-        return refuse(facts, "arg", n, "cat([past, new])", f"{len(pieces)} pieces", 0.3)  # type: ignore[arg-type]
-    past, new = pieces  # type: ignore[misc]
-    nodes: tuple[Any, ...] = (n,)
+    if len(pieces) != 2:
+        return refuse(facts, "arg", n, "cat([past, new])", f"{len(pieces)} pieces", 0.3)
+    past, new = pieces
+    start, count = (facts.val(piece).shape[tokens] for piece in pieces)
+    nodes: tuple[fx.Node, ...] = (n,)
     kind = "dynamic"
     if is_call(past, aten.slice.Tensor) and arg(past, 1) == tokens and arg(past, 4) == 1:
         nodes, kind, past = (n, past), "sliding", arg(past, 0)
-    if not isinstance(past, fx.Node) or past.op != "placeholder":
+    if past.op != "placeholder":
         return refuse(facts, "op", n, "cat([past, new]) of an input", f"%{past.name} first", 0.2)
-    start = facts.val(pieces[0]).shape[tokens]  # type: ignore[index]
-    count = facts.val(new).shape[tokens]
     return Write(kind, past, new, n, tokens, start, count, None, labels, nodes)
 
 
@@ -141,8 +140,7 @@ def _rolled(
 
 
 def _slice_scatter(facts: Facts, n: fx.Node, tokens: int, labels: Labels) -> Write | NoMatch:
-    base, new, dim, start, _, step = n.args
-    assert isinstance(base, fx.Node) and isinstance(new, fx.Node)
+    base, new, dim, start, _, step = (arg(n, i) for i in range(6))
     if dim != tokens or step != 1:
         return refuse(facts, "arg", n, f"new tokens side by side along axis {tokens}", f"axis {dim}, step {step}", 0.4)
     if base.op != "placeholder":

@@ -258,6 +258,22 @@ def test_two_layers_have_their_own_caches():
     assert bases == graph.find_nodes(op="placeholder")[3:7] and all(describe_units(one) for one in found)
 
 
+def test_keys_that_are_joined_of_two_caches():
+    def fn(q, latent, rope, old_latent, old_rope):
+        latent, rope = torch.cat((old_latent, latent), 2), torch.cat((old_rope, rope), 2)
+        return attend(q, torch.cat((latent, rope), -1), latent), latent, rope
+
+    args = (torch.randn(B, 1, 1, 6), *(torch.randn(B, 1, n, d) for n, d in ((1, 4), (1, 2), (S, 4), (S, 2))))
+    (found,), graph = units(fn, *args)
+    _, latent, rope, old_latent, old_rope = graph.find_nodes(op="placeholder")
+    assert {name: (u.base, u.new) for name, u in found.items()} == {
+        "k.0": (old_latent, latent),
+        "k.1": (old_rope, rope),
+        "v": (old_latent, latent),
+    }
+    assert describe_units(found) == ("kv cache (dynamic): old tokens are read and written only here",)
+
+
 def two_writers(q, k, v, old_k, old_v, at):
     old_k[:, :, at + 1] = k * 2
     return indexed(q, k, v, old_k, old_v, at)
