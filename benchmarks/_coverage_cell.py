@@ -84,7 +84,7 @@ class Cell:
         return {**out, "decode": self.poorest(whole, wrong, graphs=len(backend.records) - before)}
 
     def generate(self) -> dict[str, Any]:
-        """Greedy tokens through ``hf.compile_config``, twice, with a fresh StaticCache each."""
+        """Greedy tokens of a padded batch through ``hf.compile_config``, twice, with a fresh StaticCache each."""
         torch._dynamo.reset()
         eager = self._generate(disable_compile=True)
         config = hf.compile_config(backend=Backend({"target": self.target}, texts=True))
@@ -99,7 +99,7 @@ class Cell:
         return {**out, "graphs_again": len(records) - graphs}
 
     def _generate(self, **more: Any) -> Tensor:
-        given = inputs.make(self.kind, self.model)
+        given = inputs.padded(self.kind, inputs.make(self.kind, self.model))
         given.pop("decoder_input_ids", None)
         return self.model.generate(
             **given, do_sample=False, cache_implementation="static", max_new_tokens=NEW, eos_token_id=None, **more
@@ -112,7 +112,8 @@ class Cell:
         if new.shape != eager.shape:
             return f"{list(new.shape)} tokens, expected {list(eager.shape)}"
         key = "decoder_input_ids" if self.kind in inputs.DECODER else "input_ids"
-        given = {**inputs.make(self.kind, self.model), key: eager}
+        given = {**inputs.padded(self.kind, inputs.make(self.kind, self.model)), key: eager}
+        given = inputs.grown(given, eager.shape[1])
         ours = inputs.answer(self.model(**given)).double()
         exact = inputs.answer(self.exact(**inputs.typed(given, self.exact)))
         for row in range(len(eager)):

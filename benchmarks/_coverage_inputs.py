@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 VOCAB, BATCH, PROMPT, TARGET = 512, 2, 72, 24  # the prompt is longer than the models' sliding windows, 64
+PADDING = 8
 SIDE, PATCH, FIRST_IMAGE_TOKEN = 64, 16, 4
 CACHED = ("text", "seq2seq", "audio", "vlm")  # these generate
 DECODER = ("seq2seq", "audio")  # these read their own tokens as decoder_input_ids
@@ -38,6 +39,23 @@ def make(kind: str, model: Any) -> dict[str, Any]:
             patches = (SIDE // PATCH) ** 2
             ids[:, FIRST_IMAGE_TOKEN : FIRST_IMAGE_TOKEN + patches] = model.config.image_token_index
     return typed(found, model)
+
+
+def padded(kind: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The same prompts for ``generate``: a causal model's first row is shorter, and padded on the left."""
+    if kind != "text":
+        return given
+    mask = torch.ones_like(given["input_ids"])
+    mask[0, :PADDING] = 0
+    return {**given, "attention_mask": mask}
+
+
+def grown(given: dict[str, Any], length: int) -> dict[str, Any]:
+    """A padding mask for ``length`` tokens, of which those after the prompt are all there, and its positions."""
+    if "attention_mask" not in given:
+        return given
+    mask = torch.nn.functional.pad(given["attention_mask"], (0, length - given["attention_mask"].shape[1]), value=1)
+    return {**given, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def typed(values: dict[str, Any], model: Any) -> dict[str, Any]:
