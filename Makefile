@@ -10,6 +10,7 @@ TORCH       ?= torch==2.13.0
 TORCH_INDEX ?=
 WORKERS     ?= 2
 SOAK_BUDGET ?= 500
+SOAK_SPELLINGS ?= 5000
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -51,7 +52,7 @@ test: $(VENV)/.demo
 
 # Hours rather than minutes: many more random cases for every pattern and every property.
 soak: $(VENV)/.ready
-	$(BIN)/ascend-dynamo patterns check --budget $(SOAK_BUDGET)
+	OMP_NUM_THREADS=1 $(BIN)/ascend-dynamo patterns check --budget $(SOAK_BUDGET) --spellings $(SOAK_SPELLINGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=soak
 
 lint: $(VENV)/.ready typecheck

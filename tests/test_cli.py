@@ -207,3 +207,18 @@ def test_the_console_script_runs():
         [sys.executable, "-m", "ascend_dynamo.cli", "-h"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "explain" in done.stdout
+
+
+def test_patterns_check_tries_spellings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from ascend_dynamo.report import check
+
+    monkeypatch.setattr(check, "lint", lambda registry: [])
+    monkeypatch.setattr(check, "fuzz", lambda p, **k: [])
+    argv = ["patterns", "check", "--only", "sdpa", "--spellings", "4", "--seed", "1"]
+    assert cli.main(argv) == cli.OK
+    assert "grammar attention: " in (out := capsys.readouterr().out) and "0 wrong" in out and "no findings" in out
+    assert cli.main([*argv, "--json"]) == cli.OK
+    (grammar,) = json.loads(capsys.readouterr().out)["grammars"]
+    assert grammar["spellings"] == 4 and grammar["op"] == "flash_attention"
+    with pytest.raises(SystemExit):
+        cli.main([*argv[:-3], "-1"])

@@ -193,7 +193,7 @@ def _captured(fn: Callable[..., Any], named: dict[str, torch.Tensor], program: P
 
 
 def _reason(record: CompileRecord, op: str, registry: Registry) -> str:
-    makers = {p.name for p in registry if f"ascend.{op}" in p.emits}
+    makers = {p.name for p in registry if f"ascend.{op}" in p.emits or p.name == op}
     misses = [m for m in record.missed if m.pattern in makers]
     if not misses:
         return "no anchor was tried"

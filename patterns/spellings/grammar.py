@@ -41,7 +41,8 @@ def write(choices: Mapping[str, str], rng: random.Random) -> Program:
         _weights(w)
     output(w)
     twist(w, "output")
-    if choices["dtype"] == "float16" and choices["fill"] == "min" and choices["bias"] != "none":
+    biased = choices["bias"] != "none" or choices["product"] == "baddbmm_bias"
+    if choices["dtype"] == "float16" and choices["fill"] == "min" and biased:
         w.why_near = "the lowest float16 is not so low that adding to it changes nothing"
     return w.program()
 

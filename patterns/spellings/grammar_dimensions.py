@@ -113,7 +113,7 @@ NEEDS = (
                                             "einsum_keys_first", "einsum_letters")}),
     # products
     Needs("product", ("baddbmm", "baddbmm_bias", "einsum_dots", "operator_permute"), {"layout": _FOUR}),
-    Needs("product", ("baddbmm", "baddbmm_bias"), {"upcast": ("none",), "dynamic": ("static", "batch")}),
+    Needs("product", ("baddbmm", "baddbmm_bias"), {"upcast": ("none",), "dynamic": ("static",)}),
     Needs("product", ("einsum_heads_inside",), {"layout": _FOUR, "gqa": _all_but("gqa", "broadcast", "grouped"),
                                                 "weighted": ("einsum",), "twist": ("none",),
                                                 "bias": _all_but("bias", "two")}),
