@@ -14,7 +14,7 @@ from ascend_dynamo.backend import Backend
 from ascend_dynamo.errors import AscendDynamoError, OptionError
 
 if TYPE_CHECKING:
-    from transformers import CompileConfig
+    from transformers import CompileConfig, PreTrainedModel
 
 
 def compile_config(
@@ -49,6 +49,19 @@ def compile_count(config: CompileConfig) -> int:
     if not isinstance(config.backend, Backend):
         raise TypeError(f"{config.backend!r} keeps no records: make the config by compile_config(**options)")
     return len(config.backend.records)
+
+
+def use_grouped_experts(model: PreTrainedModel) -> bool:
+    """Let a mixture of experts run as grouped products, which compile into one graph; True if that changed anything.
+
+    transformers' experts_implementation="eager" loops over the experts that were hit: a graph break in every layer. Its
+    default "grouped_mm", and "batched_mm", need no call of this: they are recognised as they are.
+    """
+    found = model.get_experts_implementation()
+    if "eager" not in found.values():
+        return False
+    model.set_experts_implementation({part: "grouped_mm" if how == "eager" else how for part, how in found.items()})
+    return True
 
 
 @contextmanager
