@@ -67,7 +67,7 @@ def find_latent(facts: Facts, attention: fx.Node) -> LatentAttention | NoMatch:
     q, k, v = call["q"], call["k"], call["v"]
     pieces = _pieces(facts, k)
     if pieces is None:
-        return refuse(facts, "op", attention, "keys that are cat([nope, rope], -1)", f"%{k.name}", 0.1)
+        return refuse(facts, "op", attention, "keys that are cat([nope, rope], -1)", f"%{k.name}")
     sizes = Sizes(*facts.val(k).shape[:3])
     if facts.known(sizes.heads == 1):
         return refuse(facts, "shape", attention, "keys of several heads", "one key head: nothing to absorb")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
 
 from ascend_dynamo.backend import Backend
-from benchmarks._models import build
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from _models import build
 
 tf.logging.set_verbosity_error()
 
@@ -41,6 +47,7 @@ FULL = {"layer_types": ["full_attention"], "mlp_layer_types": ["dense"]}
 FAMILIES = {
     "deepseek_v2": {},
     "deepseek_v3": {},
+    "deepseek_v32": {"mlp_layer_types": ["dense"], "index_head_dim": 32, "index_n_heads": 2, "index_topk": 4},
     "glm4_moe_lite": {"mlp_layer_types": ["dense"]},
     "kimi_linear": FULL,
     "minicpm3": {},
