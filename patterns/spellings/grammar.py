@@ -16,7 +16,7 @@ from .grammar_dimensions import DIMENSIONS, NEAR, NEEDS
 from .grammar_masks import mask
 from .grammar_operands import CACHES, GROUPS, LAYOUTS, NORMS, ROTARIES, UPCASTS, no_groups
 from .grammar_scores import BIASES, PRODUCTS, SCALES, SCALES_AFTER, SCALES_BEFORE, SOFTCAPS
-from .grammar_sdpa import sdpa
+from .grammar_sdpa import multi_head, sdpa
 from .grammar_source import Writer
 from .grammar_weights import DROPOUTS, HEAD_MASKS, SINKS, SOFTMAXES, VALUES, cast, output
 from .near_attention import twist
@@ -34,6 +34,9 @@ def write(choices: Mapping[str, str], rng: random.Random) -> Program:
     UPCASTS[choices["upcast"]](w)
     twist(w, "operands")
     SCALES_BEFORE.get(choices["scale"], no_groups)(w)
+    if choices["core"] == "multi_head":
+        multi_head(w)
+        return w.program()
     if choices["core"] == "sdpa":
         sdpa(w)
     else:

@@ -10,13 +10,13 @@ from ascend_dynamo.match.grammar import Needs
 from .grammar_masks import FLOATS, FORMS, KINDS
 from .grammar_operands import CACHES, GROUPS, LAYOUTS, NORMS, ROTARIES, UPCASTS
 from .grammar_scores import BIASES, PRODUCTS, SCALES, SCALES_AFTER, SCALES_BEFORE, SOFTCAPS
-from .grammar_sdpa import CALLS
+from .grammar_sdpa import CALLS, NEAR_CALLS
 from .grammar_weights import CASTS, DROPOUTS, HEAD_MASKS, OUTPUTS, SINKS, SOFTMAXES, VALUES
 from .near_attention import TWISTS
 
 DIMENSIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "core": ("eager", "sdpa"),
+        "core": ("eager", "sdpa", "multi_head"),
         "dtype": ("float32", "bfloat16", "float16"),
         "lengths": ("chunk", "self", "decode", "cross", "square", "one_key", "long"),
         "batch": ("several", "one"),
@@ -48,7 +48,7 @@ DIMENSIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "head_mask": tuple(HEAD_MASKS),
         "weighted": tuple(VALUES),
         "output": OUTPUTS,
-        "call": CALLS,
+        "call": (*CALLS, *NEAR_CALLS),
         "twist": ("none", *TWISTS),
     }
 )
@@ -73,6 +73,7 @@ _INPUT_MASKS = (
     "additive_2d",
     "additive_heads",
 )
+_OF_MULTI_HEAD = ("core", "mask", "lengths", "dtype", "heads", "batch")
 _EAGER_ONLY = {
     "product": ("matmul",), "softcap": ("none",), "sinks": ("none",), "softmax": ("torch",), "precision": ("dtype",),
     "cast": ("to_q",), "dropout": ("none",), "head_mask": ("none",), "weighted": ("matmul",), "order": ("bias_first",),
@@ -85,13 +86,19 @@ NEEDS = (
     Needs("core", ("sdpa",), _EAGER_ONLY),
     Needs("gqa", ("enable_gqa",), {"core": ("sdpa",)}),
     Needs("mask", ("is_causal",), {"core": ("sdpa",), "bias": ("none",)}),
-    Needs("call", CALLS[1:], {"core": ("sdpa",)}),
+    Needs("call", (*CALLS[1:], *NEAR_CALLS), {"core": ("sdpa",)}),
+    Needs("call", ("mask_as_float",), {"mask": _BOOLEAN, "bias": ("none",), "mask_form": ("masked_fill",)}),
+    Needs("call", ("dropout_all",), {"dynamic": ("static",)}),
+    Needs("core", ("multi_head",),
+          {d: (p[0],) for d, p in DIMENSIONS.items() if d not in _OF_MULTI_HEAD}),
+    Needs("core", ("multi_head",),
+          {"mask": ("none", "keep_2d", "tril", "arange_offset", "additive_2d", "triu_full")}),
     # layouts
     Needs("layout", ("three_axes",), {"heads": ("one",), "gqa": ("none",), "sinks": ("none",), "head_mask": ("none",),
                                       "mask": _all_but("mask", "keep_heads", "additive_heads"),
                                       "bias": _all_but("bias", "t5", "alibi", "alibi_relative")}),
     Needs("layout", ("unbatched",), {"batch": ("one",), "gqa": ("none",), "sinks": ("none",), "head_mask": ("none",),
-                                     "core": ("eager",), "dynamic": ("static", "sequence"),
+                                     "dynamic": ("static", "sequence"),
                                      "weighted": ("matmul", "operator", "bmm", "einsum")}),
     Needs("layout", _SELF, {"lengths": ("self", "square", "long")}),
     Needs("layout", ("packed_unbind", "packed_by_head"), {"gqa": ("none",), "value_size": ("same",)}),
@@ -165,4 +172,11 @@ NEEDS = (
     Needs("output", ("sbh", "linear", "transposed", "contiguous", "flatten"), {"layout": _FOUR}),
 )  # fmt: skip
 
-NEAR = frozenset({("fill", "small"), ("fill", "billion"), *(("twist", name) for name in TWISTS)})
+NEAR = frozenset(
+    {
+        ("fill", "small"),
+        ("fill", "billion"),
+        *(("call", name) for name in NEAR_CALLS),
+        *(("twist", name) for name in TWISTS),
+    }
+)
