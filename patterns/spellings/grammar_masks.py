@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from .grammar_operands import Production
+from .grammar_random_masks import random_blocks, random_bounds, random_formula
 from .grammar_scores import add
 from .grammar_source import Writer
 
@@ -209,6 +210,9 @@ KINDS: MappingProxyType[str, Production] = MappingProxyType(
         "documents": documents,
         "vmapped": vmapped,
         "vmapped_padding": vmapped_padding,
+        "random_bounds": random_bounds,
+        "random_blocks": random_blocks,
+        "random_formula": random_formula,
         "additive": _float("b1st"),
         "additive_2d": _float("st"),
         "additive_heads": _float("1Hst"),
