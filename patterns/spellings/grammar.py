@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from ascend_dynamo.match.grammar import Grammar, Program
 
 from .grammar_dimensions import DIMENSIONS, NEAR, NEEDS
-from .grammar_masks import mask
+from .grammar_masks import FLOATS, mask
 from .grammar_operands import CACHES, GROUPS, LAYOUTS, NORMS, ROTARIES, UPCASTS, no_groups
 from .grammar_scores import BIASES, PRODUCTS, SCALES, SCALES_AFTER, SCALES_BEFORE, SOFTCAPS
 from .grammar_sdpa import multi_head, sdpa
@@ -44,10 +44,16 @@ def write(choices: Mapping[str, str], rng: random.Random) -> Program:
         _weights(w)
     output(w)
     twist(w, "output")
-    biased = choices["bias"] != "none" or choices["product"] == "baddbmm_bias"
-    if choices["dtype"] == "float16" and choices["fill"] == "min" and biased:
+    if choices["dtype"] == "float16" and choices["fill"] == "min" and _adds(choices):
         w.why_near = "the lowest float16 is not so low that adding to it changes nothing"
     return w.program()
+
+
+def _adds(choices: Mapping[str, str]) -> bool:
+    """True if something is added to scores that a mask may fill too."""
+    float_mask = choices["mask"] in FLOATS or choices["mask_form"].startswith("additive")
+    biased = choices["bias"] != "none" or choices["product"] == "baddbmm_bias"
+    return biased or (float_mask and choices["second_mask"] == "after")
 
 
 def _values(w: Writer) -> None:
