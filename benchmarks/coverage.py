@@ -187,6 +187,8 @@ def main() -> None:
     args = h.arguments(__doc__, more)
     args.dtype = args.dtype or (DTYPES[0] if args.quick else ",".join(DTYPES))
     names = args.only.split(",") if args.only else list(QUICK if args.quick else _families.FAMILIES)
+    if unknown := set(names) - set(_families.FAMILIES):
+        raise SystemExit(f"no family {', '.join(sorted(unknown))}; known are {', '.join(_families.FAMILIES)}")
     folder = args.resume or Path(tempfile.mkdtemp(prefix="bench-coverage-"))
     folder.mkdir(parents=True, exist_ok=True)
     h.say(f"{_machine.cpu_name()}, torch {torch.__version__}, target {args.target}, logs in {folder}")
