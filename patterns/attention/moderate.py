@@ -20,7 +20,6 @@ _MOVING = frozenset(
         aten.cat.default,
         aten.index.Tensor,
         aten.index_select.default,
-        aten.embedding.default,
         aten.clone.default,
     )
 )
@@ -55,7 +54,7 @@ _SCORES = frozenset(
 
 
 def moderate(facts: Facts, n: fx.Node) -> bool:
-    """True if ``n`` is made of parameters, positions and products, and of no large number or float input.
+    """True if ``n`` is made of embeddings, positions and products, and of no large number or float input.
 
     Positions (integers) are taken to be moderate, as scores are.
     """
@@ -68,13 +67,15 @@ def moderate(facts: Facts, n: fx.Node) -> bool:
                 return False
             continue
         val = facts.val(x)
-        if x in seen or not isinstance(val, torch.Tensor) or not val.dtype.is_floating_point or facts.is_param(x):
+        if x in seen or not isinstance(val, torch.Tensor) or not val.dtype.is_floating_point:
             continue
         seen.add(x)
         if len(seen) > 100:
             return False
         if is_call(x, *_SCORES):
             continue
+        if is_call(x, aten.embedding.default) and facts.is_param(x.args[0]):  # type: ignore[arg-type]
+            continue  # rows of a learnt table; a buffer that is added as it is may well be a mask of -inf
         if is_call(x, *_MOVING):
             todo += x.all_input_nodes
             continue

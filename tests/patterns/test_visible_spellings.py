@@ -12,6 +12,8 @@ from test_visible import Proven
 from torch import Tensor
 from torch.nn import functional as F
 
+from ascend_dynamo.patterns.attention.moderate import moderate
+
 LOW = torch.finfo(torch.float32).min
 
 
@@ -319,3 +321,16 @@ def test_two_finite_masks_may_hide_a_key_twice():
     p = Proven(several, args)
     assert p.seen.causal == "none" and len(p.seen.biases) == 1
     p.check(args)
+
+
+def test_a_buffer_may_be_a_mask_and_an_embedding_is_none():
+    def embedded(table: Tensor, x: Tensor) -> Tensor:
+        i, j = lines(x)
+        return F.embedding((j - i).abs(), table).permute(2, 0, 1)[None]
+
+    p = Proven(embedded, (torch.randn(16, 3), torch.zeros(12, 12)))
+    p.facts.params = frozenset((p.unit.gm.graph.find_nodes(op="placeholder")[0].name,))
+    assert moderate(p.facts, p.out)
+    p = Proven(lambda buffer: buffer[:12, :12] * 1.0, (torch.full((16, 16), -math.inf),))
+    p.facts.params = frozenset(n.name for n in p.unit.gm.graph.find_nodes(op="placeholder"))
+    assert not moderate(p.facts, p.out)
