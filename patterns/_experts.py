@@ -170,11 +170,14 @@ class Slots:
             hot = arg(hot, 0)
         if not is_call(hot, aten.eq.Tensor):
             return False
-        ids, numbers = next(((a, b) for a, b in commuted(hot) if is_call(b, aten.arange.default)), (None, None))
-        if numbers is None or self.facts.val(ids).shape[-1] != 1:
-            return False
-        self.seen(hot, numbers, shared=True)
-        return bool(self.facts.val(numbers).shape[0] == experts) and self.is_ids(ids)
+        for ids, numbers in commuted(hot):
+            if not isinstance(ids, fx.Node) or not is_call(numbers, aten.arange.default):
+                continue
+            one = self.facts.known(self.facts.val(ids).shape[-1] == 1)
+            if one and self.facts.known(self.facts.val(numbers).shape[0] == experts):
+                self.seen(hot, numbers, shared=True)
+                return self.is_ids(ids)
+        return False
 
     def each(self, n: fx.Node, shape: Any) -> bool:
         """True if the axes ``shape`` of ``n`` are one place per slot: [S] or [T, k]."""

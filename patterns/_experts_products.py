@@ -155,7 +155,9 @@ def read_gate(slots: Slots, n: Any) -> Gate | NoMatch:
 def _halves(facts: Facts, gate: Window | None, up: Window | None) -> tuple[fx.Node | None, bool]:
     """(what gate and up are all of, whether they take turns)."""
     for both, turns in ((joined(gate, up), False), (woven(gate, up), True)):
-        if both is not None and both.start == 0 and both.step == 1 and both.count == facts.val(both.source).shape[-1]:
+        if both is None or both.start != 0 or both.step != 1:
+            continue
+        if facts.known(facts.val(both.source).shape[-1] == both.count):
             return both.source, turns
     return None, False
 

@@ -104,7 +104,7 @@ def read_choice(facts: Facts, n: fx.Node, top_k: int) -> Choice | NoMatch:
     count, kept, summed, source, more = groups
     if is_call(base, aten.reshape.default) and rank(facts, base) == rank(facts, n) + 1:
         nodes, base = (*nodes, base), arg(base, 0)
-    if base is not source or facts.val(base).shape[-1] != experts:
+    if base is not source or not facts.known(facts.val(base).shape[-1] == experts):
         return refuse(facts, "op", flat, "groups ranked by what the mask is laid over", f"%{source.name}", 0.6)
     inner = nodes if flat is n else (*nodes, n)
     choice = _with_bias(facts, base, count, kept, (*inner, *more))
@@ -184,7 +184,7 @@ def _groups(
     best = top(facts, ranking)
     shape = facts.val(source).shape
     good = is_call(zeros, *_ZEROS) and last(facts, zeros, call["dim"]) and call["value"] not in (0, False)
-    if best is None or not good or not isinstance(shape[-1], int):
+    if ranking is None or best is None or not good or not isinstance(shape[-1], int):
         return refuse(facts, "op", source, "ones scattered to the best groups", "something else", 0.5)
     worth: fx.Node = best["self"]
     if rank(facts, worth) != len(shape) or not facts.known(facts.val(worth).shape[-1] == shape[-1]):
@@ -203,7 +203,7 @@ def _groups(
         flat = arg(base, 0) if is_call(base, aten.reshape.default) else base
     sizes, members = facts.val(grouped).shape, facts.val(flat).shape[-1]
     split = isinstance(sizes[-1], int) and isinstance(members, int) and sizes[-1] * shape[-1] == members
-    if len(sizes) != len(shape) + 1 or sizes[-2] != shape[-1] or not split:
+    if len(sizes) != len(shape) + 1 or not facts.known(sizes[-2] == shape[-1]) or not split:
         return refuse(facts, "shape", grouped, "neighbouring experts in groups", f"{list(sizes)}", 0.5)
     nodes += [source, zeros, index, ranking, worth, *inner]
     return shape[-1], best["k"], summed, flat, tuple(nodes)
@@ -218,7 +218,7 @@ def _spread(facts: Facts, mask: fx.Node, source: fx.Node, labels: tuple[str, ...
         return False
     whole = f"d{lead}"
     if len(shape) == lead + 1:
-        return labels[lead] in ("x0" if before[-1] == 1 else f"{whole}*x0", whole)
+        return labels[lead] in ("x0" if facts.known(before[-1] == 1) else f"{whole}*x0", whole)
     return len(shape) == lead + 2 and one[-1] and (one[lead] or labels[lead] == whole)
 
 
