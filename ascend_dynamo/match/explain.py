@@ -34,6 +34,7 @@ class Search:
     ) -> list[Missed]:
         """The ``limit`` nearest misses, one per pattern and node, nearest first.
 
+        Of a pattern that sets ``reports_all`` every site that is worth a line is among them, whatever the limit.
         ``failed`` are the sites at which the driver tried in vain; ``shut`` the patterns whose level is not allowed.
         """
         calls = self.gm.graph.nodes
@@ -42,13 +43,16 @@ class Search:
             if node.op == "call_function":
                 by_op.setdefault(node.target, []).append(node)
         found: list[tuple[float, int, Missed]] = []
+        always: list[tuple[float, int, Missed]] = []
         for pattern in patterns:
-            sites = [n for name, n in failed if name == pattern.name and n.prev.next is n][:TRIED]
+            every = getattr(pattern, "reports_all", False)
+            sites = [n for name, n in failed if name == pattern.name and n.prev.next is n][: None if every else TRIED]
             others = [n for op in self.anchors(pattern) for n in by_op.get(op, ()) if n not in sites][:UNTRIED]
             for node in (*sites, *others):
                 reason = self.reason(pattern, node)
                 if reason is not None and (node in sites or reason.progress >= WORTH):
-                    found.append((-reason.progress, len(found), self.missed(pattern.name, node, reason)))
+                    into = always if every and reason.progress >= WORTH else found
+                    into.append((-reason.progress, len(found), self.missed(pattern.name, node, reason)))
         for pattern in shut:
             fix = f'set options={{"level": {pattern.level}}}'
             for node in [n for op in self.anchors(pattern) for n in by_op.get(op, ())]:
@@ -56,7 +60,8 @@ class Search:
                     want, have = f"level O{pattern.level}", f"level O{self.level}"
                     reason = NoMatch("level", node, want, have, 1.0, self.facts.src(node), fix)
                     found.append((-1.0, len(found), self.missed(pattern.name, node, reason)))
-        return [m for _, _, m in heapq.nsmallest(limit, found, key=lambda item: item[:2])]
+        nearest = heapq.nsmallest(max(limit - len(always), 0), found, key=lambda item: item[:2])
+        return [m for _, _, m in sorted((*always, *nearest), key=lambda item: item[0])]
 
     def anchors(self, pattern: Any) -> Iterable[Any]:
         if isinstance(pattern, DeclarativePattern):

@@ -76,6 +76,7 @@ class EagerAttention(ProceduralPattern):
     eager = SPELLINGS
     emits = frozenset({"ascend.flash_attention"})
     grammar = ATTENTION
+    reports_all = True  # of every softmax that is left, why it is not attention
 
     def match(self, anchor: fx.Node, facts: Facts) -> Match | NoMatch:
         softmax = read_softmax(anchor, facts)

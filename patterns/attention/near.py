@@ -11,13 +11,15 @@ from ascend_dynamo.contracts import Facts, NoMatch
 from .._calls import LAYOUT, arg, aten, convert, is_call, rank, refuse
 from .softmax import Softmax
 
+NEAR = 0.3  # a softmax is worth a line in the report, whatever it is of; an exp that is none is not
 _CARRIERS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.where.self)
 
 
 def no_product(s: Softmax, anchor: fx.Node, facts: Facts) -> NoMatch:
     """The reason for a softmax above which no product of two activations was found."""
     axes = f"axis {s.dim} of {rank(facts, s.scores)}"
-    return refuse(facts, "op", anchor, "a softmax of q k^T", f"a softmax along {axes} of {_what(s.scores, facts)}")
+    found = f"a softmax along {axes} of {_what(s.scores, facts)}"
+    return refuse(facts, "op", anchor, "a softmax of q k^T", found, NEAR)
 
 
 def _what(n: Any, facts: Facts) -> str:

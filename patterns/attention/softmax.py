@@ -51,7 +51,7 @@ def read_softmax(anchor: fx.Node, facts: Facts) -> Softmax | NoMatch:
         x = call["self"]
         if not lossless(dtype(facts, x), dtype(facts, anchor)):
             return refuse(facts, "dtype", anchor, "a softmax in the dtype of its scores or a wider one",
-                          f"{dtype(facts, x)} to {dtype(facts, anchor)}")  # fmt: skip
+                          f"{dtype(facts, x)} to {dtype(facts, anchor)}", 0.3)  # fmt: skip
         zero = anchor.target is aten._safe_softmax.default
         found = Softmax(x, call["dim"] % max(rank(facts, x), 1), anchor, frozenset((anchor,)), zero=zero)
     if isinstance(found, NoMatch) or rank(facts, found.scores) == 0:
@@ -195,7 +195,7 @@ def _with_sinks(s: Softmax, facts: Facts) -> Softmax | NoMatch:
         return s
     parts, dim = list(arg(n, 0)), arguments(n)["dim"] % rank(facts, n)
     if len(parts) != 2 or dim != s.dim or s.total is not None:
-        return refuse(facts, "op", n, "one column of sinks beside the scores", f"{len(parts)} parts along {dim}", 0.1)
+        return refuse(facts, "op", n, "one column of sinks beside the scores", f"{len(parts)} parts along {dim}", 0.3)
     users = [u for u in s.weights.users if u.op == "call_function"]
     if len(users) != len(s.weights.users) or len(users) != 1 or not is_call(users[0], aten.slice.Tensor):
         return refuse(facts, "users", s.weights, "weights of which the column of sinks is dropped", "no slice", 0.3)

@@ -264,3 +264,16 @@ def test_other_softmaxes_say_what_they_are_of():
     assert "a linear with the weight %arg1_1 (router logits, a classifier), no q k^T above it" in reason
     reason = fuse(pooling, (torch.randn(4, 8, 3),), *ATTENTION).missed("eager_attention").reason
     assert "a softmax along axis 1 of 3 of %tanh = aten.tanh.default(...), no q k^T above it" in reason
+
+
+def test_every_softmax_of_a_model_is_in_the_report():
+    def model(q, k, v, *weights):
+        x = (q @ k.mT).softmax(-1) @ v
+        for w in weights:
+            x = x * torch.softmax(F.linear(x.tanh().exp(), w), -1)
+        return x
+
+    args = (*qkv(), *(torch.randn(8, 8) for _ in range(40)))
+    result = fuse(model, args, params=range(3, 43), level=2, validate=False)
+    said = {m.anchor for m in result.record.missed if m.pattern == "eager_attention" and "router logits" in m.reason}
+    assert result.count("flash_attention") == 1 and len(said) == 40
