@@ -95,7 +95,7 @@ def _weights(w: Writer) -> None:
     choices = w.choices
     SINKS[choices["sinks"]](w)
     if choices["weighted"] == "flat":
-        w.set("scores", f"scores.view(b * {w.Hq}, s, t)", "xst")
+        w.set("scores", f"scores.reshape(b * {w.Hq}, s, t)", "xst")
     if not twist(w, "softmax"):
         SOFTMAXES[choices["softmax"]](w)
     if choices["sinks"] != "none":
