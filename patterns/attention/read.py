@@ -45,7 +45,8 @@ def leads_to_product(n: Any, facts: Facts) -> bool:
 
 def nearest_product(n: Any, facts: Facts) -> fx.Node | None:
     """That product; looking for it is cheap, unlike the real walk."""
-    pending, seen = [n], set()
+    pending: list[Any] = [n]
+    seen: set[fx.Node] = set()
     while pending and len(seen) < _FAR:
         n = pending.pop(0)
         if not isinstance(n, fx.Node) or n in seen:

@@ -49,9 +49,9 @@ def walk_weights(s: Softmax, frame: Frame, axes: Axes, facts: Facts) -> Weighted
     while True:
         users = [u for u in n.users if u not in s.nodes]
         if len(users) != 1:
-            found = ", ".join(f"%{u.name}" if u.op != "output" else "the graph's output" for u in users) or "nothing"
+            others = ", ".join(f"%{u.name}" if u.op != "output" else "the graph's output" for u in users) or "nothing"
             fix = "do not return the attention weights (output_attentions=False)"
-            return refuse(facts, "users", n, "weights used only by the product with v", found, 0.9, fix)
+            return refuse(facts, "users", n, "weights used only by the product with v", others, 0.9, fix)
         (user,) = users
         if is_call(user, *PRODUCTS) or user.op == "output":
             break
@@ -74,10 +74,10 @@ def walk_weights(s: Softmax, frame: Frame, axes: Axes, facts: Facts) -> Weighted
             factor = _factor(user, n)
             if factor is None:
                 return refuse(facts, "op", user, "a product of the weights with v", f"{user.target}", 0.4)
-            aligned = _constant_along(factor, keys, frame, here, facts, user)
-            if isinstance(aligned, NoMatch):
-                return aligned
-            factors.append((factor, aligned))
+            constant_axes = _constant_along(factor, keys, frame, here, facts, user)
+            if isinstance(constant_axes, NoMatch):
+                return constant_axes
+            factors.append((factor, constant_axes))
         nodes.add(user)
         n = base = user
         axes = here
