@@ -16,6 +16,7 @@ from ascend_dynamo.dialect.equal import agree, bitwise
 UNITS = 4.0  # roundings of the dtype that a result may be off beyond what eager is off
 _aten = torch.ops.aten
 _LAYOUT = frozenset((_aten.permute.default, _aten.reshape.default))
+_DOTS = frozenset({_aten.linear.default, _aten.matmul.default, _aten.bmm.default})
 _LIFTABLE = frozenset({"aten", "prims", "ascend", "_operator"})
 
 
@@ -46,18 +47,18 @@ def differs_at_dtype(was: Any, now: Any, exact: Any, level: int = 2, budget: Bud
 
 @dataclass(frozen=True)
 class Budget:
-    """What a dialect operator declares: units of rounding, and the size of what is added up in a row."""
+    """What an operator grants its kernels: units of rounding, and the size of what is added up in a row."""
 
     c_ulp: float = UNITS
     row_scale: torch.Tensor | None = None
 
 
-PLAIN = Budget()  # of what is no dialect operator
+PLAIN = Budget()  # of every other operator
 
 
 def budget_of(node: fx.Node, lifted: Mapping[fx.Node, Any]) -> Budget:
-    """The budget of the dialect operator that makes ``node``, on float64 values: itself, a part of its result, or its
-    result in another layout."""
+    """The budget of the operator that makes ``node``, on float64 values: itself, a part of its result, or its result in
+    another layout. Dialect operators declare theirs; a product of matrices may add up in any order."""
     if node.target in _LAYOUT and isinstance(node.args[0], fx.Node):
         source = node.args[0]
         found = budget_of(source, lifted)
@@ -68,9 +69,12 @@ def budget_of(node: fx.Node, lifted: Mapping[fx.Node, Any]) -> Budget:
     index = None
     if node.target is operator.getitem:
         node, index = node.args  # type: ignore[assignment]
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: lifted.get(n, n.meta.get("val")))
+    if node.target in _DOTS and all(n in lifted for n in node.all_input_nodes):
+        sizes = node.target(*(a.abs() if isinstance(a, torch.Tensor) else a for a in args))  # type: ignore[operator]
+        return Budget(UNITS, sizes)
     if not is_dialect_op(node.target):
         return PLAIN
     spec = spec_of(node.target)
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: lifted.get(n, n.meta.get("val")))
     scale = spec.scale64(*args, **kwargs)
     return Budget(max(UNITS, spec.c_ulp), scale if scale is None or index is None else scale[index])
