@@ -158,7 +158,7 @@ def _lower_attention(n: fx.Node, b: Builder) -> fx.Node:
     return b.op(torch.ops.ascend_cpu.flash_attention.default, *n.args, **{**n.kwargs, **near})
 
 
-def _keys_side_by_side(mask: fx.Node, b: Builder) -> fx.Node:
+def _keys_side_by_side(mask: Any, b: Builder) -> fx.Node:
     """A mask whose neighbouring keys lie apart (T5's [1, H, Sq, Sk] is a permuted [Sq, Sk, H]), as the kernel reads it.
 
     Whatever computes it then writes it so, once for all layers, instead of the kernel at each call.
