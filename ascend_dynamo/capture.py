@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -144,6 +145,9 @@ class KeepComposites(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._active and func is F.multi_head_attention_forward and all(t is torch.Tensor for t in types):
+            with self:
+                return _multi_head_attention(*args, **kwargs)
         keep = _KEEP.get(func) if self._active else None
         if keep is None or "out" in kwargs:
             return func(*args, **kwargs)
@@ -159,6 +163,15 @@ class KeepComposites(TorchFunctionMode):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return twin(*(_autocast(a, device, dtype) for a in twin_args), **twin_kwargs)
+
+
+# Dynamo records this Python function as one call, and inside a handler the mode is off. Without the lines that hand the
+# call to the mode, it can be run under the mode, and its linears and its attention are seen.
+_multi_head_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
 def _plain(args: Sequence[Any]) -> bool:

@@ -32,6 +32,24 @@ def test_composites_are_one_call(fn, shapes, op) -> None:  # type: ignore[no-unt
     torch.testing.assert_close(unit.gm(*args)[0], fn(*args))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("weights", [False, True])
+def test_torchs_own_attention_is_seen_into(weights: bool) -> None:
+    m = torch.nn.MultiheadAttention(8, 2).eval()
+    x = torch.randn(3, 1, 8)
+
+    def fn(x):  # type: ignore[no-untyped-def]
+        w, b, out = m.in_proj_weight, m.in_proj_bias, m.out_proj
+        return F.multi_head_attention_forward(
+            x, x, x, 8, 2, w, b, None, None, False, 0.0, out.weight, out.bias, training=False, need_weights=weights
+        )[0]
+
+    unit = trace(fn, (x,))
+    assert (aten.scaled_dot_product_attention.default in targets(unit)) is not weights
+    assert targets(unit).count(aten.linear.default) == 2
+    torch.testing.assert_close(unit.gm(x)[0], fn(x))
+
+
 def test_what_cannot_be_kept_decomposes() -> None:
     x = torch.randn(2, 3, 4, 8)
     dropout = trace(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.1), (x,))
