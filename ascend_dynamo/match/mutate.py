@@ -210,13 +210,14 @@ class _Unrun(fx.GraphModule):
 
 def copy_unit(unit: GraphUnit) -> GraphUnit:
     """A copy that shares fake values and constants with the original, but no node."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(unit.gm.graph, {}))
-    empty = fx.Graph()
-    empty.output(())
-    return GraphUnit(
-        _Unrun(unit.gm, graph), _Unrun({}, empty), unit.params, unit.mutated, unit.out_strides, unit.weights
-    )
+    gm, prologue = (_Unrun(g, _copy_graph(g.graph)) for g in (unit.gm, unit.prologue))
+    return GraphUnit(gm, prologue, unit.params, unit.mutated, unit.out_strides, unit.weights)
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    made = fx.Graph()
+    made.output(made.graph_copy(graph, {}))
+    return made
 
 
 def mutated(unit: GraphUnit, mutation: Mutation) -> GraphUnit | None:
