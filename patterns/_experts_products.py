@@ -11,7 +11,7 @@ from ascend_dynamo.contracts import Facts, NoMatch
 
 from ._calls import arg, arguments, ascend, aten, commuted, dtype, is_call, number, rank, refuse
 from ._experts import Slots
-from ._window import Window, joined, window, woven
+from ._window import joined, window, woven
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,32 @@ def read_gate(slots: Slots, n: Any) -> Gate | NoMatch:
     if is_call(n, ascend.swiglu.default):
         slots.seen(n)
         return Gate(arg(n, 0), {"activation": "silu"})
+    if not isinstance(n, fx.Node):
+        return refuse(facts, "op", next(iter(slots.core)), "act(gate) * up between the products", f"{n}", 0.7)
+    glu = read_glu(facts, n)
+    if isinstance(glu, NoMatch):
+        return glu
+    source, turns = halves(facts, glu)
+    if source is None:
+        return refuse(facts, "op", n, "gate and up from one product, the gate first", "others", 0.8)
+    slots.seen(*glu.nodes, glu.gate, glu.up)
+    return Gate(source, {**glu.options, **({"interleaved": True} if turns else {})})
+
+
+@dataclass(frozen=True)
+class Glu:
+    """act(gate) * up: both [.., I], the options of ``ascend.moe_experts``, and the calls behind the two."""
+
+    gate: fx.Node
+    up: fx.Node
+    options: dict[str, Any]
+    nodes: tuple[fx.Node, ...]
+
+
+def read_glu(facts: Facts, n: fx.Node) -> Glu | NoMatch:
+    """act(gate) * up, wherever gate and up come from."""
     if not is_call(n, aten.mul.Tensor):
-        at = n if isinstance(n, fx.Node) else next(iter(slots.core))
-        return refuse(facts, "op", at, "act(gate) * up between the products", f"{getattr(n, 'target', n)}", 0.7)
+        return refuse(facts, "op", n, "act(gate) * up between the products", f"{n.target}", 0.7)
     for left, right in commuted(n):
         glu = _activation(left)
         if glu is None or not isinstance(right, fx.Node):
@@ -143,17 +166,13 @@ def read_gate(slots: Slots, n: Any) -> Gate | NoMatch:
             return refuse(facts, "arg", n, "gate and up clamped by one limit", f"{high} and {bounds}", 0.8)
         options |= {"limit": high[1]} if high is not None else {}
         options |= {"up_shift": shift} if shift else {}
-        first, second = window(facts, gate), window(facts, up)
-        source, turns = _halves(facts, first, second)
-        if source is None:
-            return refuse(facts, "op", n, "gate and up from one product, the gate first", "others", 0.8)
-        slots.seen(n, *inner, *more, *clamped, *cut, gate, up)
-        return Gate(source, {**options, **({"interleaved": True} if turns else {})})
+        return Glu(gate, up, options, (n, *inner, *more, *clamped, *cut))
     return refuse(facts, "op", n, "silu, gelu or relu of the gate", "another product", 0.7)
 
 
-def _halves(facts: Facts, gate: Window | None, up: Window | None) -> tuple[fx.Node | None, bool]:
+def halves(facts: Facts, glu: Glu) -> tuple[fx.Node | None, bool]:
     """(what gate and up are all of, whether they take turns)."""
+    gate, up = window(facts, glu.gate), window(facts, glu.up)
     for both, turns in ((joined(gate, up), False), (woven(gate, up), True)):
         if both is None or both.start != 0 or both.step != 1:
             continue
