@@ -37,7 +37,7 @@ def looks_like_share(facts: Facts, n: Any) -> bool:
     """A cheap test, before the expensive ones: [.., 1] made of a sum, a slice or an index."""
     if not isinstance(n, fx.Node) or n.op != "call_function":
         return False
-    shape = getattr(facts.val(n), "shape", ())
+    shape: Any = getattr(facts.val(n), "shape", ())
     if len(shape) < 2 or not (isinstance(shape[-1], int) and shape[-1] == 1):
         return False
     while is_call(n, aten.reshape.default, convert):

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from ascend_dynamo.match import ProceduralPattern
 from ._calls import arg, arguments, ascend, aten, commuted, convert, dtype, is_call, leaks, lossless, rank, refuse
 from ._calls import same_shape as alike
 from ._loop_expert import Expert, Stack, Weight, read_expert, stack
+from ._loop_rows import Step, read_chosen, read_chosen_share, steps, taken_at
 from ._loop_share import Share, is_zero, looks_like_share, read_share
 from .spellings.loops import SPELLINGS, fuzz_inputs
 
@@ -54,7 +55,7 @@ class MoeLoop(ProceduralPattern):
     name = "moe_loop"
     level = 2
     benefit = 9
-    anchors = (aten.add.Tensor,)
+    anchors = (aten.add.Tensor, aten.index_add.default, aten.index_put.default)
     reads = (aten.silu.default, aten.gelu.default)
     depth = 5
     domain = Domain(dtypes=(torch.bfloat16, torch.float16), shapes={"x": ("T", "H")})
@@ -69,7 +70,7 @@ class MoeLoop(ProceduralPattern):
         if next(_terms(facts, anchor), None) is None:
             return refuse(facts, "op", anchor, "a sum of experts' results times a weight each", "another sum")
         for user in _beyond(anchor):
-            if any(_uncast(rest) is anchor for rest, _ in _terms(facts, user)):
+            if any(_uncast(step.rest) is anchor for step in _terms(facts, user)):
                 return refuse(facts, "op", anchor, "the last sum of a loop over experts", f"%{user.name} goes on")
         loop = Loop()
         refusal = _walk(facts, anchor, loop) or _one_loop(facts, anchor, loop)
@@ -95,7 +96,7 @@ class MoeLoop(ProceduralPattern):
             return refusal
         inputs = {"x": x, "weights": share.weights, "ids": share.ids, "casts": share.casts, "stacks": stacks}
         inputs |= {"options": loop.experts[0].options, "parts": tuple(p for s in stacks.values() for p in s.parts)}
-        nodes = frozenset((*loop.core, *loop.shared))
+        nodes = frozenset(_with_sizes((*loop.core, *loop.shared)))
         return Match(self.name, anchor, nodes, inputs, (output,), computed=computed or frozenset())
 
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
@@ -123,14 +124,9 @@ def _flat(b: Builder, n: fx.Node) -> fx.Node:
     return b.op(aten.reshape.default, n, [rows, shape[-1]])
 
 
-def _terms(facts: Facts, n: Any) -> Iterator[tuple[Any, fx.Node]]:
-    """(the sum so far, rows * share) of ``n`` as a sum; the right operand first."""
-    if not is_call(n, aten.add.Tensor):
-        return
-    left, right = arg(n, 0), arg(n, 1)
-    for rest, term in ((left, right), (right, left)):
-        if next(_products(facts, term), None) is not None and arguments(n)["alpha"] == 1:
-            yield rest, term
+def _terms(facts: Facts, n: Any) -> Iterator[Step]:
+    """``n`` as a sum so far and rows * share."""
+    return (step for step in steps(n) if next(_products(facts, step.term), None) is not None)
 
 
 def _products(facts: Facts, term: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -162,15 +158,14 @@ def _walk(facts: Facts, anchor: fx.Node, loop: Loop) -> NoMatch | None:
             n = arg(n, 0)
         found = next(_terms(facts, n), None)
         if found is not None:
-            loop.core[n] = None
-            refusal = _link(facts, found[1], loop)
-            n = found[0]
+            refusal = _link(facts, found, loop)
+            n = found.rest
         elif is_zero(facts, n):
             if isinstance(n, fx.Node):
                 loop.shared[n] = None
             return None
         elif next(_products(facts, n), None) is not None:
-            return _link(facts, n, loop)
+            return _link(facts, Step(None, n, None, ()), loop)
         else:
             at = n if isinstance(n, fx.Node) else anchor
             return refuse(facts, "op", at, "a sum that starts from zeros", f"{getattr(n, 'target', n)}", 0.5)
@@ -178,13 +173,22 @@ def _walk(facts: Facts, anchor: fx.Node, loop: Loop) -> NoMatch | None:
             return refusal
 
 
-def _link(facts: Facts, term: fx.Node, loop: Loop) -> NoMatch | None:
+def _link(facts: Facts, step: Step, loop: Loop) -> NoMatch | None:
     """Read rows * share."""
+    term = step.term
+    loop.core.update(dict.fromkeys(step.nodes))
     while is_call(term, convert):
         loop.core[term] = None
         term = arg(term, 0)
+    chosen = read_chosen(facts, step.token) if step.token is not None else None
+    if step.token is not None and chosen is None:
+        expected = "the rows of the tokens that chose an expert"
+        return refuse(facts, "op", step.token, expected, f"{step.token.target}", 0.3)
     for rows, column in _products(facts, term):
-        share = read_share(facts, column)
+        if chosen is None or step.token is None:
+            share = read_share(facts, column)
+        else:
+            share = read_chosen_share(facts, column, chosen, step.token)
         if share is None:
             continue
         loop.core[term] = None
@@ -196,7 +200,13 @@ def _link(facts: Facts, term: fx.Node, loop: Loop) -> NoMatch | None:
         if isinstance(expert, NoMatch):
             return expert
         loop.core.update(dict.fromkeys(expert.nodes))
-        loop.shares.append(share)
+        if step.token is not None:
+            taken = taken_at(facts, expert.source, step.token)
+            if taken is None:
+                return refuse(facts, "op", expert.source, "x at the tokens that chose the expert", "other rows", 0.5)
+            loop.shared.update(dict.fromkeys((step.token, *taken[1])))
+            expert = replace(expert, source=taken[0])
+        loop.shares.append(replace(share, distinct=share.distinct or step.distinct))
         loop.experts.append(expert)
         return None
     return refuse(facts, "op", term, "an expert's results times the weights of its tokens", "another product", 0.3)
@@ -257,7 +267,8 @@ def _shapes(facts: Facts, anchor: fx.Node, loop: Loop, stacks: dict[str, Stack])
     width = facts.val(x).shape[-1]
     fits = len(up) == 3 == len(down) and up[1] == 2 * down[2] and down[1] == up[2] and facts.known(width == up[2])
     fits = fits and all(stacks[n].shape[1] == w[1] for n, w in (("b_gate_up", up), ("b_down", down)) if n in stacks)
-    if not fits or not alike(facts, x, anchor):
+    same = facts.known(width == facts.val(anchor).shape[-1]) and facts.known(_rows(facts, x) == _rows(facts, anchor))
+    if not fits or not same:
         return refuse(facts, "shape", anchor, "weights [E, 2I, H] and [E, H, I]", f"{up} and {down}", 0.85)
     tokens, k = _rows(facts, x), facts.val(share.ids).shape[-1]
     if rank(facts, x) < 2 or not isinstance(k, int) or not facts.known(_rows(facts, share.ids) == tokens):
@@ -266,6 +277,13 @@ def _shapes(facts: Facts, anchor: fx.Node, loop: Loop, stacks: dict[str, Stack])
     if len({dtype(facts, n) for n in (x, *(p for s in stacks.values() for p in s.parts))}) != 1:
         return refuse(facts, "dtype", anchor, "x, weights and biases of one dtype", "several", 0.85)
     return None
+
+
+def _with_sizes(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and the sizes that they read off values among them, which only running them tells."""
+    found = set(nodes)
+    sizes = {s for n in found for s in n.all_input_nodes if is_call(s, aten.sym_size.int)}
+    return found | {s for s in sizes if arg(s, 0) in found}
 
 
 def _rows(facts: Facts, n: fx.Node) -> Any:

@@ -15,7 +15,7 @@ from torch import fx
 
 from ascend_dynamo.contracts import GraphUnit, PassResult
 from ascend_dynamo.ir.effects import is_pure, node_effects
-from ascend_dynamo.normalize import casts, composites, fold, layout, reductions, scalars, scatter
+from ascend_dynamo.normalize import assertions, casts, composites, fold, layout, reductions, scalars, scatter
 from ascend_dynamo.normalize.memory import Memory
 from ascend_dynamo.normalize.schema import Signature, signature, trim
 from ascend_dynamo.normalize.work import Work
@@ -121,7 +121,9 @@ def _clones(graph: fx.Graph) -> int:
 def _remove_unused(graph: fx.Graph) -> int:
     removed = 0
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in ("call_function", "get_attr") and is_pure(node):
+        if node.users or node.op not in ("call_function", "get_attr"):
+            continue
+        if is_pure(node) or assertions.cannot_fail(node):
             graph.erase_node(node)
             removed += 1
     return removed
