@@ -48,6 +48,8 @@ class Cell:
         if self.kind in inputs.CACHED:
             self.model.generation_config.eos_token_id = None  # a random model says any token, also "end"
         self.exact = copy.deepcopy(self.model).double()
+        with torch.no_grad():  # at its first call transformers installs hooks, which cost a new module graph breaks
+            self.model(**inputs.make(self.kind, self.model))
         if self.exact._can_set_experts_implementation():
             self.exact.set_experts_implementation("eager")  # there is no grouped matmul of float64
 
