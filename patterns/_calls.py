@@ -61,8 +61,10 @@ def rank(facts: Facts, n: fx.Node) -> int:
 
 
 def same_shape(facts: Facts, a: fx.Node, b: fx.Node) -> bool:
-    """True if both have the same rank and every size is known to be equal."""
+    """True if both are tensors of one rank and every size is known to be equal."""
     va, vb = facts.val(a), facts.val(b)
+    if not (isinstance(va, torch.Tensor) and isinstance(vb, torch.Tensor)):
+        return False
     return va.dim() == vb.dim() and all(facts.known(s == t) for s, t in zip(va.shape, vb.shape, strict=True))
 
 

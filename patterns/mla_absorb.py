@@ -45,6 +45,7 @@ class MlaAbsorb(ProceduralPattern):
     name = "mla_absorb"
     level = 2
     benefit = 8
+    c_ulp = 8.0  # what flash_attention, whose products it associates otherwise, grants its kernels
     anchors = (ascend.flash_attention.default,)
     domain = Domain(shapes={"q": ("B", "H", "Sq", "N+P"), "c": ("B", "S", "R"), "r": ("B", "S", "P")})
     eager = SPELLINGS

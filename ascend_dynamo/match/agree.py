@@ -32,14 +32,23 @@ def differs_in_algebra(was: Any, now: Any, exact: bool = True) -> str:
     return "" if found is None else f"({found})"
 
 
-def differs_at_dtype(was: Any, now: Any, exact: Any, level: int = 2, budget: Budget | None = None) -> str:
-    """How ``now`` is further from ``exact`` than ``was`` and some rounding allow; at level O1 how its bits differ."""
+def differs_at_dtype(
+    was: Any, now: Any, exact: Any, level: int = 2, budget: Budget | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """How ``now`` is further from ``exact`` than ``was`` and some rounding allow; at level O1 how its bits differ.
+
+    ``dtype`` is what was rounded to on the way, if that is less than the precision of the result."""
     budget = budget or Budget()
     found = (
         bitwise(now, was)
         if level <= 1
         else agree(
-            now, was, exact, c_ulp=budget.c_ulp, row_scale=None if budget.row_scale is None else [budget.row_scale]
+            now,
+            was,
+            exact,
+            dtype=dtype,
+            c_ulp=budget.c_ulp,
+            row_scale=None if budget.row_scale is None else [budget.row_scale],
         )
     )
     return "" if found is None else f"({found})"

@@ -43,7 +43,8 @@ def difference(
     budget, at_once = (Budget(), _same) if c_ulp is None else (Budget(c_ulp), _one_row)
     nodes = [n for u in (unit, after) for n in u.gm.graph.nodes]
     exact = liftable(nodes)
-    rounded = [_keep_rounding(u, inputs) for u in (unit, after)]
+    coarsest = _coarsest((unit, after), inputs)
+    rounded = [unit, after] if coarsest is None else [_keep_rounding(u, inputs) for u in (unit, after)]
     try:
         with compat.no_dispatch_modes():
             was64, was = run_unit(rounded[0], inputs, lifted=True), run_unit(unit, inputs)
@@ -58,9 +59,10 @@ def difference(
         fault = differs_in_algebra(a64, b64, exact)
         where = "in float64"
         if not fault:
-            fault, where = differs_at_dtype(at_once(a), at_once(b), at_once(a64), level, budget), f"at {a.dtype}"
+            fault = differs_at_dtype(at_once(a), at_once(b), at_once(a64), level, budget, coarsest)
+            where = f"at {a.dtype}"
         if not fault and i < len(expected):
-            fault = differs_at_dtype(at_once(expected[i]), at_once(b), at_once(a64), 2, budget)
+            fault = differs_at_dtype(at_once(expected[i]), at_once(b), at_once(a64), 2, budget, coarsest)
             where = "from eager"
         if fault:
             return Fault(f"output {i} differs {where} {fault}")
@@ -75,19 +77,26 @@ def _one_row(x: Any) -> Any:
     return x.flatten() if isinstance(x, torch.Tensor) else x
 
 
+def _coarse(n: Any, inputs: Sequence[torch.Tensor]) -> torch.dtype | None:
+    """The dtype of a cast to less precision than any input has."""
+    floats = [torch.finfo(t.dtype).eps for t in inputs if t.dtype.is_floating_point]
+    dtype = n.args[1] if n.op == "call_function" and n.target is convert else None
+    if not floats or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return None
+    return dtype if torch.finfo(dtype).eps > max(floats) else None
+
+
+def _coarsest(units: Sequence[GraphUnit], inputs: Sequence[torch.Tensor]) -> torch.dtype | None:
+    """The least precise dtype that values are cast to, if that is less than any input has."""
+    found = {d for u in units for n in u.gm.graph.nodes if (d := _coarse(n, inputs)) is not None}
+    return max(found, key=lambda d: torch.finfo(d).eps, default=None)
+
+
 def _keep_rounding(unit: GraphUnit, inputs: Sequence[torch.Tensor]) -> GraphUnit:
     """The unit with casts to less precision than any input has as calls that round in float64 as well."""
-    floats = [torch.finfo(t.dtype).eps for t in inputs if t.dtype.is_floating_point]
-
-    def coarse(n: Any) -> bool:
-        dtype = n.args[1] if n.target is convert else None
-        return isinstance(dtype, torch.dtype) and dtype.is_floating_point and torch.finfo(dtype).eps > max(floats)
-
-    if not floats or not any(n.op == "call_function" and coarse(n) for n in unit.gm.graph.nodes):
-        return unit
     made = copy_unit(unit)
     for n in made.gm.graph.nodes:
-        if n.op == "call_function" and coarse(n):
+        if _coarse(n, inputs) is not None:
             n.target, n.args = _rounded, (n.args[0], str(n.args[1]).removeprefix("torch."))
     return made
 

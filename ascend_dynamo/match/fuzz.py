@@ -121,7 +121,8 @@ class _Fuzz:
         if record is None or not record.fired:
             return record
         level = self.level if check == "domain" else 2
-        fault = difference(unit, after, case.tensors(), level=level, expected=expected)
+        c_ulp = getattr(self.pattern, "c_ulp", None)
+        fault = difference(unit, after, case.tensors(), level=level, expected=expected, c_ulp=c_ulp)
         if fault is not None and (
             fault.runs or check == "domain"
         ):  # a spelling of ours must run; a changed one need not

@@ -34,6 +34,7 @@ class BasePattern:
     before: frozenset[str] = frozenset()
     after: frozenset[str] = frozenset()
     location: tuple[str, int] | None = None
+    c_ulp: float | None = None  # for fuzzing: roundings of the largest element that a result may be off, if not UNITS
 
     def __repr__(self) -> str:
         return f"<pattern {self.name} v{self.version} O{self.level}>"
