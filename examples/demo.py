@@ -21,8 +21,8 @@ import ascend_dynamo
 from ascend_dynamo import hf
 from ascend_dynamo.report.progress import Progress
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import _models as models
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import _models as models
 
 SENTENCES = (
     "The cat sleeps on the warm windowsill.",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from ascend_dynamo.backend import Backend
 
 pytest.importorskip("transformers")
 
-from benchmarks import _models
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import _models
 
 
 def compiled(name: str, attention: str, *args: Any, dynamic: bool | None = None, **more: Any) -> list[str]:
