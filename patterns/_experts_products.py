@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from ascend_dynamo.contracts import Facts, NoMatch
 
-from ._calls import arg, arguments, ascend, aten, commuted, dtype, is_call, number, rank, refuse
+from ._calls import arg, arguments, ascend, aten, commuted, convert, dtype, is_call, number, rank, refuse
 from ._experts import Slots
 from ._window import joined, window, woven
 
@@ -229,3 +230,13 @@ def _clamp(n: fx.Node) -> tuple[fx.Node, tuple[float | None, float] | None, tupl
 
 def _both(bounds: tuple[float | None, float]) -> tuple[float, float]:
     return (-bounds[1], bounds[1])
+
+
+def sum_in(facts: Facts, anchor: fx.Node, wanted: torch.dtype) -> fx.Node | NoMatch:
+    """The sum over experts, or the cast behind it to the dtype of x."""
+    if dtype(facts, anchor) == wanted:
+        return anchor
+    users = list(anchor.users)
+    if len(users) == 1 and is_call(users[0], convert) and dtype(facts, users[0]) == wanted:
+        return users[0]
+    return refuse(facts, "dtype", anchor, f"a sum that is cast to {wanted}", f"{dtype(facts, anchor)}", 0.9)

@@ -28,9 +28,9 @@ from torch import fx
 from ascend_dynamo.contracts import Builder, Domain, Facts, Match, NoMatch
 from ascend_dynamo.match import ProceduralPattern
 
-from ._calls import arg, arguments, ascend, aten, commuted, convert, dtype, is_call, leaks, rank, refuse, same_shape
+from ._calls import arg, arguments, ascend, aten, commuted, dtype, is_call, leaks, rank, refuse, same_shape
 from ._experts import Slots
-from ._experts_products import Product, read_gate, read_product
+from ._experts_products import Product, read_gate, read_product, sum_in
 from .spellings.experts import SPELLINGS, fuzz_inputs
 
 _ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
@@ -75,7 +75,7 @@ class MoeExperts(ProceduralPattern):
         refusal = _shapes(facts, anchor, x, up, down) or slots.why_ids(facts.val(up.weight).shape[0])
         if refusal is not None:
             return refusal
-        output = _output(facts, anchor, dtype(facts, x))
+        output = sum_in(facts, anchor, dtype(facts, x))
         if isinstance(output, NoMatch):
             return output
         slots.seen(output)
@@ -207,16 +207,6 @@ def _shapes(facts: Facts, anchor: fx.Node, x: fx.Node, up: Product, down: Produc
 def _sizes(facts: Facts, p: Product) -> tuple[Any, Any, Any]:
     e, n, k = facts.val(p.weight).shape
     return (e, k, n) if p.swapped else (e, n, k)
-
-
-def _output(facts: Facts, anchor: fx.Node, wanted: torch.dtype) -> fx.Node | NoMatch:
-    """The anchor, or the cast behind it to the dtype of x."""
-    if dtype(facts, anchor) == wanted:
-        return anchor
-    users = list(anchor.users)
-    if len(users) == 1 and is_call(users[0], convert) and dtype(facts, users[0]) == wanted:
-        return users[0]
-    return refuse(facts, "dtype", anchor, f"a sum that is cast to {wanted}", f"{dtype(facts, anchor)}", 0.9)
 
 
 PATTERNS = (MoeExperts(),)

@@ -33,6 +33,7 @@ from ascend_dynamo.match import ProceduralPattern
 
 from ._calls import arg, arguments, ascend, aten, commuted, convert, dtype, is_call, leaks, lossless, rank, refuse
 from ._calls import same_shape as alike
+from ._experts_products import sum_in
 from ._loop_expert import Expert, Stack, Weight, read_expert, stack
 from ._loop_rows import Step, read_chosen, read_chosen_share, steps, taken_at
 from ._loop_share import Share, is_zero, looks_like_share, read_share
@@ -87,7 +88,7 @@ class MoeLoop(ProceduralPattern):
         if any(s.distinct for s in loop.shares) and computed is None:
             fix = "take the ids from topk"
             return refuse(facts, "unproven", share.ids, "ids that differ per token", f"%{share.ids.name}", 0.9, fix)
-        output = _output(facts, anchor, dtype(facts, x))
+        output = sum_in(facts, anchor, dtype(facts, x))
         if isinstance(output, NoMatch):
             return output
         loop.core[output] = None
@@ -305,16 +306,6 @@ def _chosen(facts: Facts, n: Any) -> frozenset[fx.Node] | None:
     if chooser.target is aten.topk.default and arguments(chooser)["dim"] not in (-1, rank(facts, arg(chooser, 0)) - 1):
         return None
     return frozenset((*nodes, n, chooser))
-
-
-def _output(facts: Facts, anchor: fx.Node, wanted: torch.dtype) -> fx.Node | NoMatch:
-    """The anchor, or the cast behind it to the dtype of x."""
-    if dtype(facts, anchor) == wanted:
-        return anchor
-    users = list(anchor.users)
-    if len(users) == 1 and is_call(users[0], convert) and dtype(facts, users[0]) == wanted:
-        return users[0]
-    return refuse(facts, "dtype", anchor, f"a sum that is cast to {wanted}", f"{dtype(facts, anchor)}", 0.9)
 
 
 PATTERNS = (MoeLoop(),)
