@@ -174,3 +174,14 @@ def test_importing_twice_registers_once():
     again = importlib.reload(ascend_dynamo.dialect)
     assert again.SPECS is SPECS
     assert set(SPECS) <= set(dir(torch.ops.ascend)) | {s.name for s in SPECS.values() if hasattr(ops, s.name)}
+
+
+def test_one_gather_serves_all_lengths():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    compiles = CompileCounterWithBackend("aot_eager")
+    fn = torch.compile(lambda c, t, n: ops.kv_gather(c, t, n), backend=compiles, dynamic=True, fullgraph=True)
+    cache, table = torch.randn(5, 4, 2, 8), torch.tensor([[3, 1], [-1, 0]], dtype=torch.int32)
+    for length in (3, 8, 5):
+        assert torch.equal(fn(cache, table, length), ops.kv_gather(cache, table, length))
+    assert compiles.frame_count == 1

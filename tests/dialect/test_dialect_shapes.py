@@ -170,3 +170,14 @@ def test_quantisation(seed, dtype, tokens, n, blocks):
         ({"block_n": 4, "block_k": 8}, block),
     ):
         check("quant_linear", Sample((x, weight, scale), options), dtype)
+
+
+@settings(max_examples=20)
+@given(SEEDS, DTYPES, st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.data())
+def test_gathers_of_pages(seed, dtype, sequences, columns, size, data):
+    d = Draw(seed, dtype)
+    table = d.ints(sequences, columns, low=-1, high=6, dtype=torch.int32)
+    length = data.draw(st.integers(0, columns * size))
+    check("kv_gather", Sample((d.normal(6, size, 2, 4), table, length)), dtype)
+    codes, scale = d.ints(6, size, 2, 4, low=-127, high=128, dtype=torch.int8), d.uniform(6, size, 2, low=0.0, high=0.1)
+    check("kv_gather", Sample((codes, table, length), {"scale": scale}), dtype)
