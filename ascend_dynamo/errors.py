@@ -27,5 +27,21 @@ class LoweringError(AscendDynamoError):
     """A target cannot compile a graph that it promised to compile."""
 
 
+class BuildError(AscendDynamoError):
+    """C++ of ours could not be compiled: there is no compiler, or it refused."""
+
+
+class MemoryPlanError(AscendDynamoError, ValueError):
+    """Buffers, or a memory budget, that make no sense; the message names the value."""
+
+
+class CapacityError(MemoryPlanError):
+    """No plan within the capacity: ``needed`` and ``capacity`` in bytes, and the ``plan`` that was found, if any."""
+
+    def __init__(self, message: str, *, needed: int, capacity: int, plan: object = None) -> None:
+        super().__init__(message)
+        self.needed, self.capacity, self.plan = needed, capacity, plan
+
+
 class UnsupportedTorchError(AscendDynamoError, RuntimeError):
     """The installed torch is outside the supported range."""
