@@ -11,6 +11,7 @@ from ascend_dynamo.dialect import (
     attention,
     distributed,
     fused_quant,
+    kv_functional,
     kv_pages,
     mla,
     moe,
@@ -22,7 +23,20 @@ from ascend_dynamo.dialect import (
 from ascend_dynamo.dialect.library import define
 from ascend_dynamo.dialect.spec import NAMESPACE, OpSpec
 
-_FAMILIES = (norm, activation, rotary, attention, paged, kv_pages, mla, moe, quant, fused_quant, distributed)
+_FAMILIES = (
+    norm,
+    activation,
+    rotary,
+    attention,
+    paged,
+    kv_functional,
+    kv_pages,
+    mla,
+    moe,
+    quant,
+    fused_quant,
+    distributed,
+)
 
 SPECS: Mapping[str, OpSpec] = MappingProxyType({spec.name: spec for family in _FAMILIES for spec in family.SPECS})
 """Every operator of the dialect by name; immutable."""
