@@ -365,3 +365,28 @@ def function_mode_left(mode: Any) -> Iterator[None]:
         yield
     finally:
         torch._C._push_on_torch_function_stack(mode)
+
+
+def symbol_range(symbol: Any, shape_env: Any) -> tuple[int, int | None]:
+    """The range of a size symbol, inclusive; an upper end of None is no bound."""
+    found = None if shape_env is None else shape_env.var_to_range.get(symbol)
+    if found is None:
+        return 0, None
+    low = int(found.lower) if found.lower.is_Integer else 0
+    return max(low, 0), int(found.upper) if found.upper.is_Integer else None
+
+
+def symbol_source(symbol: Any, shape_env: Any) -> str:
+    """Where Dynamo found a size, in the words of the traced code (``L['x'].size()[1]``), or ""."""
+    sources = {} if shape_env is None else getattr(shape_env, "var_to_sources", {})
+    found = sources.get(symbol)
+    if not found:
+        return ""
+    name = found[0].name  # a method before torch 2.12
+    return str(name() if callable(name) else name)
+
+
+def inductor_source(compiled: Any) -> str | None:
+    """The Python program that Inductor wrote for a graph (also where its cache had it), or None."""
+    source = getattr(compiled, "source_code", None)
+    return source if isinstance(source, str) else None
