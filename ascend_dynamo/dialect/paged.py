@@ -14,102 +14,60 @@ from ascend_dynamo.dialect._paged_checks import (
     paged_attention_f64,
     paged_attention_samples,
 )
+from ascend_dynamo.dialect._pages import (
+    attend_packed,
+    check_lengths,
+    check_pages,
+    check_scales,
+    gather_pages,
+    gather_sequence,
+    scatter_eager,
+    write_slots,
+)
 from ascend_dynamo.dialect.attention import flash_attention
 from ascend_dynamo.dialect.spec import OpSpec
 
 
-def write_slots(values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """cache[slot // block_size, slot % block_size] = values, padding slots (-1) left out, by static shapes only.
-
-    Padding tokens repeat the first real token's write, so that no two writes differ; if all are padding they write
-    what slot 0 holds already.
-    """
-    block_size = cache.shape[1]
-    real = slot_mapping >= 0
-    first = real.to(torch.int32).argmax().unsqueeze(0)
-    fallback_slot = slot_mapping[first].clamp(min=0)
-    held = cache[fallback_slot // block_size, fallback_slot % block_size]
-    trailing = [1] * (values.dim() - 1)
-    values = values.to(cache.dtype)
-    fallback = torch.where(real[first].view(1, *trailing), values[first], held)
-    slots = torch.where(real, slot_mapping, fallback_slot)
-    rows = torch.where(real.view(-1, *trailing), values, fallback)
-    cache.index_put_((slots // block_size, slots % block_size), rows)
-
-
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def kv_write(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """Write one step's keys and values to their pages, in place.
 
     k [T,Hk,D], v [T,Hk,Dv]; caches [blocks, block_size, Hk, D or Dv], any strides; slot_mapping [T] int64 on their
     device: block * block_size + offset, -1 for a padding token, which writes nothing. Slots of one call are distinct.
-    Values are cast to the caches' dtype. T >= 1.
+    Values are cast to the caches' dtype. int8 caches take k_scale and v_scale, float32 [blocks, block_size, Hk], which
+    are written too: each vector is stored as round(x / scale) with scale = max|x| / 127 (1 if all are 0). T >= 1.
+
+    Raises:
+        ValueError: an int8 cache without scales, or scales for another cache.
+        IndexError: a slot beyond the cache (nothing has been written).
     """
-    write_slots(k, k_cache, slot_mapping)
-    write_slots(v, v_cache, slot_mapping)
+    check_scales("kv_write", "k_cache", k_cache, k_scale)
+    check_scales("kv_write", "v_cache", v_cache, v_scale)
+    write_slots(k, k_cache, slot_mapping, k_scale)
+    write_slots(v, v_cache, slot_mapping, v_scale)
 
 
-def _kv_write_eager(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    scatter_eager(((k, k_cache), (v, v_cache)), slot_mapping)
-
-
-def scatter_eager(pairs: tuple[tuple[Tensor, Tensor], ...], slot_mapping: Tensor) -> None:
-    """As write_slots for several caches, choosing the real tokens by value."""
-    real = torch.nonzero(slot_mapping >= 0).flatten()
-    slots = slot_mapping[real]
-    for values, cache in pairs:
-        size = cache.shape[1]
-        cache.index_put_((slots // size, slots % size), values[real].to(cache.dtype))
-
-
-def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
-    """[blocks, size, *R] and [B, max_blocks] -> [B, max_blocks * size, *R]; unused table entries may be negative."""
-    return cache[block_table.clamp(min=0)].flatten(1, 2)
-
-
-def attend_packed(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    q_start: Tensor,
-    kv_len: Tensor,
+def _kv_write_eager(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
     *,
-    scale: float,
-    causal: bool,
-    window: int = -1,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Packed queries [T,Hq,D] against padded keys [B,S,Hk,D]: every token meets every sequence, and keeps its own.
-
-    Sequences meet in no sum, and slots beyond a sequence's length count as 0: neither a poisoned neighbour nor memory
-    that was never written reaches a result.
-    """
-    t, (b, s) = q.shape[0], keys.shape[:2]
-    token = torch.arange(t, device=q_start.device, dtype=q_start.dtype).unsqueeze(0)
-    j = torch.arange(s, device=q_start.device, dtype=q_start.dtype)
-    each = torch.arange(b, device=q_start.device)  # by index: slices would relate symbolic B and B + 1 by a guard
-    begin, end, length = (x.unsqueeze(-1) for x in (q_start[each], q_start[each + 1], kv_len))  # [B,1]
-    mine = (token >= begin) & (token < end)  # [B,T]
-    last = (length - end + token).unsqueeze(-1)  # the token's own position in its sequence
-    written = j < length  # [B,S]
-    seen = mine.unsqueeze(-1) & written.unsqueeze(1)
-    if causal:
-        seen = seen & (j <= last)
-    if window >= 0:
-        seen = seen & (j > last - window)
-    written = written.to(q.device).unsqueeze(-1).unsqueeze(-1)
-    y = flash_attention(
-        q.transpose(0, 1).unsqueeze(0).expand(b, -1, -1, -1),
-        torch.where(written, keys, 0).transpose(1, 2),
-        torch.where(written, values, 0).transpose(1, 2),
-        mask=seen.unsqueeze(1).to(q.device),
-        sinks=sinks,
-        scale=scale,
-        softcap=softcap,
-        empty_row="zero",
-    )  # [B,Hq,T,Dv]
-    mine = mine.to(q.device).unsqueeze(1).unsqueeze(-1)
-    return torch.where(mine, y, 0).sum(0).transpose(0, 1).contiguous()
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    check_scales("kv_write", "k_cache", k_cache, k_scale)
+    check_scales("kv_write", "v_cache", v_cache, v_scale)
+    scatter_eager("kv_write", slot_mapping, (k, k_cache, k_scale), (v, v_cache, v_scale))
 
 
 def paged_attention(
@@ -125,17 +83,30 @@ def paged_attention(
     window: int = -1,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of packed queries over pages, prefill and decode alike.
 
     q [T,Hq,D], all sequences one after the other; k_cache [blocks, block_size, Hk, D], v_cache likewise with Dv;
-    block_table [B, max_blocks] int32, the pages of each sequence (entries beyond its length are ignored); q_start
+    block_table [B, max_blocks] int32, the pages of each sequence (entries beyond its length are ignored, a negative one
+    within it is a page of zeros: keys and values that were never stored, as in front of a left-padded prompt); q_start
     [B+1] and kv_len [B] int32 in host memory: sequence b owns tokens q_start[b] to q_start[b+1] and has kv_len[b]
     keys, its queries being the last of them. Key j is visible to the query at position p iff j < kv_len, j <= p if
-    causal, and j > p - window if window >= 0. softcap and sinks as in flash_attention. Result [T,Hq,Dv] in q.dtype; 0
+    causal, j > p - window if window >= 0, and mask (bool [T, S], S >= max kv_len) allows it. softcap and sinks as in
+    flash_attention; int8 caches come with k_scale and v_scale, as kv_write writes them. Result [T,Hq,Dv] in q.dtype; 0
     for tokens after q_start[B] (padding) and for rows that see no key.
+
+    Raises:
+        ValueError: an int8 cache without scales or scales for another; q_start does not ascend within T; a kv_len
+            beyond what the table or the mask holds.
+        IndexError: an entry of the table that is no block of the cache.
     """
-    keys, values = gather_pages(k_cache, block_table), gather_pages(v_cache, block_table)
+    check_scales("paged_attention", "k_cache", k_cache, k_scale)
+    check_scales("paged_attention", "v_cache", v_cache, v_scale)
+    keys = gather_pages(k_cache, block_table, kv_len, k_scale)
+    values = gather_pages(v_cache, block_table, kv_len, v_scale)
     return attend_packed(
         q,
         keys.to(q.dtype),
@@ -147,6 +118,7 @@ def paged_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        mask=mask,
     )
 
 
@@ -163,25 +135,36 @@ def _paged_attention_eager(
     window: int = -1,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """One sequence at a time, reading only the pages that it uses."""
+    check_scales("paged_attention", "k_cache", k_cache, k_scale)
+    check_scales("paged_attention", "v_cache", v_cache, v_scale)
     y = q.new_zeros((q.shape[0], q.shape[1], v_cache.shape[-1]))
     starts, size = q_start.tolist(), k_cache.shape[1]
+    check_lengths("paged_attention", q_start, kv_len, q.shape[0], block_table.shape[1] * size, mask)
     for n, length in enumerate(kv_len.tolist()):
         begin, end = starts[n], starts[n + 1]
         if begin == end or length == 0:
             continue
         pages = block_table[n, : -(-length // size)]
-        k, v = (cache[pages].flatten(0, 1)[:length].transpose(0, 1).to(q.dtype) for cache in (k_cache, v_cache))
-        mask = None
-        i = torch.arange(length - (end - begin), length, device=q.device).unsqueeze(-1)
+        check_pages("paged_attention", pages, k_cache, n)
+        k, v = (
+            gather_sequence(cache, pages, length, scales).transpose(0, 1).to(q.dtype)
+            for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
+        )
+        seen = None if mask is None else mask[begin:end, :length]
         if window >= 0 and not causal:
-            mask = torch.arange(length, device=q.device) > i - window
+            i = torch.arange(length - (end - begin), length, device=q.device).unsqueeze(-1)
+            near = torch.arange(length, device=q.device) > i - window
+            seen = near if seen is None else seen & near
         out = flash_attention(
             q[begin:end].transpose(0, 1).unsqueeze(0),
             k.unsqueeze(0),
             v.unsqueeze(0),
-            mask=mask,
+            mask=seen,
             sinks=sinks,
             scale=scale,
             causal="bottom_right" if causal else "none",
@@ -200,9 +183,10 @@ def _paged_attention_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any, 
 SPECS = (
     OpSpec(
         "kv_write",
-        "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
+        "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *, Tensor(c!)? k_scale=None,"
+        " Tensor(d!)? v_scale=None) -> ()",
         kv_write,
-        lambda k, v, k_cache, v_cache, slot_mapping: None,
+        lambda k, v, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None: None,
         kv_write_f64,
         c_ulp=1.0,
         samples=kv_write_samples,
@@ -211,7 +195,8 @@ SPECS = (
     OpSpec(
         "paged_attention",
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor q_start, Tensor kv_len, *, float scale,"
-        " bool causal=True, int window=-1, float softcap=0., Tensor? sinks=None) -> Tensor",
+        " bool causal=True, int window=-1, float softcap=0., Tensor? sinks=None, Tensor? mask=None,"
+        " Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
         paged_attention,
         _paged_attention_fake,
         paged_attention_f64,

@@ -29,4 +29,4 @@ def run(fn: Any, sample: Sample) -> Any:
     """The result; for an operator that writes its arguments, the arguments afterwards. The sample stays as it is."""
     args, kwargs = clone((sample.args, dict(sample.kwargs)))
     result = fn(*args, **kwargs)
-    return args if result is None else result
+    return (*args, *kwargs.values()) if result is None else result

@@ -144,3 +144,94 @@ def test_a_poisoned_sequence_does_not_reach_its_neighbours():
         assert bool(got[own].isnan().any())
         got[own] = clean[own]
         assert torch.equal(got, clean), fn
+
+
+def paged_sample(name="paged_attention", note="prefill and decode"):
+    spec = SPECS[name]
+    return spec, next(sample for sample in spec.samples(Draw()) if sample.note == note)
+
+
+@pytest.mark.parametrize("name", ["paged_attention", "mla_attention"])
+def test_what_no_sequence_stored_may_hold_anything(name):
+    """Free pages, the tail of a page, and table entries beyond a sequence's keys."""
+    spec, sample = paged_sample(name)
+    at = [i for i, argument in enumerate(spec.overload._schema.arguments) if argument.name.endswith("_cache")]
+    table, starts, lens = sample.args[at[-1] + 1 :]
+    caches = [torch.full_like(sample.args[i], math.nan) for i in at]
+    for n, length in enumerate(lens.tolist()):
+        for j in range(length):
+            place = int(table[n, j // 4]), j % 4
+            for cache, i in zip(caches, at, strict=True):
+                cache[place] = sample.args[i][place]
+    wild = table.clone()
+    for n, length in enumerate(lens.tolist()):
+        wild[n, -(-length // 4) :] = 99
+    args = (*sample.args[: at[0]], *caches, wild, starts, lens)
+    for fn in (spec.overload, spec.reference):
+        assert torch.equal(fn(*args, **sample.kwargs), fn(*sample.args, **sample.kwargs)), fn
+
+
+@pytest.mark.parametrize("name", ["paged_attention", "mla_attention"])
+def test_a_wrong_block_is_an_error_that_names_it(name):
+    spec, sample = paged_sample(name)
+    *rest, table, starts, lens = sample.args
+    wrong = table.clone()
+    wrong[1, 2] = 9
+    with pytest.raises(IndexError, match=rf"{name}: block_table\[1, 2\] is 9, but the cache has 9 blocks"):
+        spec.overload(*rest, wrong, starts, lens, **sample.kwargs)
+    with pytest.raises(IndexError):  # torch's own
+        spec.reference(*rest, wrong, starts, lens, **sample.kwargs)
+
+
+@pytest.mark.parametrize("name", ["paged_attention", "mla_attention"])
+def test_lengths_that_do_not_fit_are_errors(name):
+    spec, sample = paged_sample(name)
+    *rest, table, starts, lens = sample.args
+    for bad_starts, bad_lens, options, message in (
+        (starts.flip(0), lens, {}, "q_start .* must ascend within"),
+        (starts + 1, lens, {}, "q_start .* must ascend within"),
+        (starts[1:], lens, {}, "q_start .* one entry more"),
+        (starts, lens + 100, {}, r"kv_len\[0\] is 103, but the block table holds 16 keys"),
+        (starts, lens - 4, {}, r"kv_len\[0\] is -1"),
+        (starts, lens, {"mask": torch.ones(6, 8, dtype=torch.bool)}, "mask has 8 keys, but a sequence has 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            spec.overload(*rest, table, bad_starts, bad_lens, **sample.kwargs, **options)
+
+
+def test_a_wrong_slot_is_an_error_and_nothing_is_written():
+    cache, latent = torch.zeros(2, 4, 1, 3), torch.zeros(2, 4, 3)
+    k, slots = torch.ones(2, 1, 3), torch.tensor([0, 8])
+    for write, values, target in ((ops.kv_write, k, cache), (ops.mla_kv_write, k[:, 0], latent)):
+        with pytest.raises(IndexError, match="slot 8 is beyond the cache, which has 2 blocks of 4 tokens"):
+            write(values, values, target, target.clone(), slots)
+        assert not bool(target.any())
+
+
+def test_scales_belong_to_int8_caches():
+    k, cache, slots = torch.ones(1, 1, 3), torch.zeros(2, 4, 1, 3), torch.tensor([0])
+    scale, where = torch.ones(2, 4, 1), (torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1]), torch.tensor([1]))
+    for fn in (ops.kv_write, SPECS["kv_write"].reference):
+        with pytest.raises(ValueError, match="k_cache is int8 with no scales"):
+            fn(k, k, cache.to(torch.int8), cache, slots)
+        with pytest.raises(ValueError, match="v_cache is float32 with scales"):
+            fn(k, k, cache, cache.clone(), slots, v_scale=scale)
+    for fn in (ops.paged_attention, SPECS["paged_attention"].reference):
+        with pytest.raises(ValueError, match="v_cache is int8 with no scales"):
+            fn(k, cache, cache.to(torch.int8), *where, scale=1.0)
+        with pytest.raises(ValueError, match="k_cache is float32 with scales"):
+            fn(k, cache, cache, *where, scale=1.0, k_scale=scale)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_poisoned_vector_poisons_its_own_int8_slot_only(poison):
+    k = torch.randn(3, 2, 4)
+    k[1, 0, 2] = poison
+    for fn in (ops.kv_write, SPECS["kv_write"].reference):
+        cache, scale = torch.zeros(1, 4, 2, 4, dtype=torch.int8), torch.zeros(1, 4, 2)
+        fn(k, k, cache, cache.clone(), torch.tensor([0, 1, 2]), k_scale=scale, v_scale=scale.clone())
+        assert not bool(scale[0, 1, 0].isfinite()) and not bool(cache[0, 1, 0].any())
+        got, touched = cache * scale.unsqueeze(-1), torch.zeros(1, 4, 2, dtype=torch.bool)
+        touched[0, 1, 0] = True
+        assert bool(got[touched].isnan().any()) and bool(got[~touched].isfinite().all())
+        torch.testing.assert_close(got[0, 2], k[2], rtol=0, atol=float(k[2].abs().max()) / 127)

@@ -100,7 +100,7 @@ def test_flash_attention(seed, dtype, sizes, width, causal, window, softcap, emp
     check("flash_attention", Sample((q, k, v), options), dtype)
 
 
-@settings(max_examples=20)
+@settings(max_examples=25)
 @given(
     SEEDS,
     DTYPES,
@@ -108,32 +108,49 @@ def test_flash_attention(seed, dtype, sizes, width, causal, window, softcap, emp
     st.integers(0, 2),
     st.booleans(),
     st.integers(-1, 3),
+    st.tuples(st.booleans(), st.booleans(), st.booleans()),
 )
-def test_paged_and_latent_attention(seed, dtype, extra, padding, causal, window):
+def test_paged_and_latent_attention(seed, dtype, extra, padding, causal, window, features):
     d = Draw(seed, dtype)
     lengths = [(queries, queries + more) for queries, more in extra]
     table, starts, lens, tokens = batch_of(d, lengths, 4, 20, padding)
     tokens = max(tokens, 1)
+    masked, holes, int8 = features
+    if holes:
+        table[d.bools(*table.shape, true=0.3)] = -1
+    mask = {"mask": d.bools(tokens, int(lens.max()) + padding)} if masked else {}
     k, v = d.normal(20, 4, 2, 8), d.normal(20, 4, 2, 8)
     where = (table, starts, lens)
-    paged = Sample((d.normal(tokens, 4, 8), k, v, *where), {"scale": 0.3, "causal": causal, "window": window})
-    check("paged_attention", paged, dtype)
+    options = {"scale": 0.3, "causal": causal, "window": window, **mask}
+    if int8:
+        scales = {f"{name}_scale": d.uniform(20, 4, 2, low=0.001, high=0.02, dtype=torch.float32) for name in "kv"}
+        k8, v8 = (d.ints(20, 4, 2, 8, low=-127, high=128, dtype=torch.int8) for _ in range(2))
+        check("paged_attention", Sample((d.normal(tokens, 4, 8), k8, v8, *where), {**options, **scales}), dtype)
+    check("paged_attention", Sample((d.normal(tokens, 4, 8), k, v, *where), options), dtype)
     latent = (d.normal(tokens, 2, 8), d.normal(tokens, 2, 4), k[:, :, 0], d.normal(20, 4, 4))
-    check("mla_attention", Sample((*latent, *where), {"scale": 0.3, "causal": causal}), dtype)
+    check("mla_attention", Sample((*latent, *where), {"scale": 0.3, "causal": causal, **mask}), dtype)
 
 
 @settings(max_examples=25)
-@given(SEEDS, st.lists(st.integers(-1, 15), min_size=1, max_size=6, unique_by=lambda s: s if s >= 0 else object()))
-def test_cache_writes(seed, slots):
+@given(
+    SEEDS,
+    st.lists(st.integers(-1, 15), min_size=1, max_size=6, unique_by=lambda s: s if s >= 0 else object()),
+    st.booleans(),
+)
+def test_cache_writes(seed, slots, int8):
     d = Draw(seed)
+    spec = SPECS["kv_write"]
     k, v = d.normal(len(slots), 2, 4), d.normal(len(slots), 2, 4)
-    caches = [(d.normal(4, 4, 2, 4), d.normal(4, 4, 2, 4))] * 3
-    for fn, (k_cache, v_cache) in zip(
-        (SPECS["kv_write"].formula, SPECS["kv_write"].reference, SPECS["kv_write"].overload),
-        written := [(a.clone(), b.clone()) for a, b in caches],
-        strict=True,
-    ):
-        fn(k, v, k_cache, v_cache, torch.tensor(slots))
+    written = []
+    for fn in (spec.formula, spec.reference, spec.overload):
+        d = Draw(seed)
+        if int8:
+            caches = [d.ints(4, 4, 2, 4, low=-127, high=128, dtype=torch.int8) for _ in range(2)]
+            scales = {f"{name}_scale": d.uniform(4, 4, 2, low=0.1, high=1.0) for name in "kv"}
+        else:
+            caches, scales = [d.normal(4, 4, 2, 4), d.normal(4, 4, 2, 4)], {}
+        fn(k, v, *caches, torch.tensor(slots), **scales)
+        written.append([*caches, *scales.values()])
     for other in written[1:]:
         assert all(torch.equal(a, b) for a, b in zip(written[0], other, strict=True))
 
