@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from ascend_dynamo import native
 from ascend_dynamo.errors import LoweringError
 from ascend_dynamo.lowering.cpu import build
 
@@ -33,9 +34,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.copy(path, sources)
     monkeypatch.setattr(build, "SOURCE_DIR", sources)
     monkeypatch.setenv("ASCEND_DYNAMO_CACHE_DIR", str(tmp_path / "cache"))
-    build.compiler.cache_clear()
+    native.compiler.cache_clear()
     yield tmp_path
-    build.compiler.cache_clear()
+    native.compiler.cache_clear()
 
 
 def use_compiler(place: Path, monkeypatch: pytest.MonkeyPatch, trouble: str = "") -> Path:
@@ -43,7 +44,7 @@ def use_compiler(place: Path, monkeypatch: pytest.MonkeyPatch, trouble: str = ""
     script.write_text(FAKE.format(log=log, trouble=trouble))
     script.chmod(script.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("CXX", str(script))
-    build.compiler.cache_clear()
+    native.compiler.cache_clear()
     return log
 
 
