@@ -45,3 +45,35 @@ class CapacityError(MemoryPlanError):
 
 class UnsupportedTorchError(AscendDynamoError, RuntimeError):
     """The installed torch is outside the supported range."""
+
+
+class KVCacheError(AscendDynamoError):
+    """Base of the errors of paged KV caches. The pool and the cache are as they were before the call."""
+
+
+class OutOfPagesError(KVCacheError):
+    """More pages asked for than are free: ``asked``, ``free`` (evictable ones included) and ``total`` in pages."""
+
+    def __init__(self, message: str, *, asked: int, free: int, total: int) -> None:
+        super().__init__(message)
+        self.asked, self.free, self.total = asked, free, total
+
+
+class UnknownSequenceError(KVCacheError, LookupError):
+    """A sequence id that this pool never gave out."""
+
+
+class BadPageError(KVCacheError, LookupError):
+    """A page id outside the pool, or a page that the caller does not hold."""
+
+
+class DoubleFreeError(KVCacheError):
+    """A sequence or a page that was given back already."""
+
+
+class PageSizeError(KVCacheError, ValueError):
+    """A page size that the target cannot use; the message lists the legal ones."""
+
+
+class UnsupportedCacheError(KVCacheError, ValueError):
+    """A model, or a use of a cache, that pages cannot serve; the message says which part and what can."""
