@@ -386,7 +386,8 @@ def symbol_source(symbol: Any, shape_env: Any) -> str:
     return str(name() if callable(name) else name)
 
 
-def inductor_source(compiled: Any) -> str | None:
-    """The Python program that Inductor wrote for a graph (also where its cache had it), or None."""
-    source = getattr(compiled, "source_code", None)
-    return source if isinstance(source, str) else None
+def inductor_program(compiled: Any) -> tuple[str, list[tuple[int, str]]]:
+    """The Python program that Inductor wrote for a graph (also where its cache had it; "" if there is none), and the
+    stack traces of the user's code by line of that program."""
+    source, lines = getattr(compiled, "source_code", None), getattr(compiled, "cache_linemap", None)
+    return source if isinstance(source, str) else "", [(n, trace) for n, trace in lines or () if trace]

@@ -16,7 +16,11 @@ _COPIED = ("stack_trace", "nn_module_stack", "custom", "source_fn_stack", "seq_n
 
 def src(node: fx.Node) -> tuple[str, int] | None:
     """The innermost user frame (file, line) of a node: neither inside torch nor inside this package."""
-    trace = node.meta.get("stack_trace")
+    return src_of_trace(node.meta.get("stack_trace") or "")
+
+
+def src_of_trace(trace: str) -> tuple[str, int] | None:
+    """The innermost user frame of a stack trace in text form."""
     return _last_user_frame(trace) if trace else None
 
 

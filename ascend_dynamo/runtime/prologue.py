@@ -20,6 +20,7 @@ from ascend_dynamo.contracts import GraphUnit
 from ascend_dynamo.ir.facts import PROLOGUE
 from ascend_dynamo.ir.transforms import Transform
 from ascend_dynamo.ir.transforms import transform as find_transform
+from ascend_dynamo.memory.lifetimes import Liveness
 from ascend_dynamo.runtime.weights import merge, why_not_mergeable
 
 log = logging.getLogger("ascend_dynamo.runtime")
@@ -101,10 +102,19 @@ class Bound:
 
 
 class Artifact:
-    """A compiled graph and the recipe of its prologue; holds no weights until it is bound."""
+    """A compiled graph and the recipe of its prologue; holds no weights until it is bound.
 
-    def __init__(self, inner: Callable[[list[Any]], list[Any]], unit: GraphUnit) -> None:
+    ``lifetimes`` computes what one run allocates, where the target can tell.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[[list[Any]], list[Any]],
+        unit: GraphUnit,
+        lifetimes: Callable[[], Liveness] | None = None,
+    ) -> None:
         self.inner = inner
+        self.lifetimes = lifetimes
         self.recipe = tuple(_recipe(unit))
 
     def bind(self, *, strict: bool = False) -> Bound:

@@ -22,6 +22,7 @@ from ascend_dynamo.ir.facts import PROLOGUE
 from ascend_dynamo.lowering.cpu import kernels, moe
 from ascend_dynamo.lowering.cpu.cost import attention_gain, linear_gain
 from ascend_dynamo.lowering.retrace import retrace
+from ascend_dynamo.memory.predict import of_inductor
 from ascend_dynamo.runtime.prologue import Artifact
 
 _aten = torch.ops.aten
@@ -94,7 +95,8 @@ class CpuLowering:
         values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
         inputs = g.gm.graph.find_nodes(op="placeholder")
         static = [i for i, n in enumerate(inputs) if n.name in g.params or PROLOGUE in n.meta]
-        return Artifact(compat.inductor_compile(gm, values, static), g)
+        compiled = compat.inductor_compile(gm, values, static)
+        return Artifact(compiled, g, lambda: of_inductor(compiled, gm))
 
 
 def _wrong_kind(n: fx.Node, dtypes: tuple[torch.dtype, ...], facts: Facts) -> NoMatch | None:

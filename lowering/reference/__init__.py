@@ -8,6 +8,7 @@ from torch import fx
 
 from ascend_dynamo.contracts import Builder, CacheKey, CompiledArtifact, Facts, GraphUnit, NoMatch
 from ascend_dynamo.lowering.retrace import retrace
+from ascend_dynamo.memory import liveness
 from ascend_dynamo.runtime.prologue import Artifact
 
 
@@ -34,4 +35,4 @@ class ReferenceLowering:
             inputs, args[:] = list(args), []
             return gm(*inputs)
 
-        return Artifact(run, g)
+        return Artifact(run, g, lambda: liveness(gm))
