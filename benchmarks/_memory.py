@@ -17,6 +17,11 @@ def available() -> float:
     return _field(Path("/proc/meminfo"), "MemAvailable")
 
 
+def resident() -> float:
+    """Bytes of this process that are in memory now (nan off Linux)."""
+    return _field(_STATUS, "VmRSS") if _STATUS.exists() else float("nan")
+
+
 def _field(path: Path, name: str) -> float:
     line = next(x for x in path.read_text().splitlines() if x.startswith(name + ":"))
     return 1024.0 * int(line.split()[1])
