@@ -15,11 +15,13 @@ from torch import fx
 import ascend_dynamo.dialect  # noqa: F401  registers torch.ops.ascend
 from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.capture import KeepComposites, make_unit
-from ascend_dynamo.contracts import GraphUnit, Lowering
+from ascend_dynamo.contracts import CompiledArtifact, GraphUnit, Lowering
 from ascend_dynamo.errors import ExpectError, OptionError
 from ascend_dynamo.ir.text import graph_text
 from ascend_dynamo.log import Once, setup
 from ascend_dynamo.match import load_registry
+from ascend_dynamo.memory.limit import MemoryLimit
+from ascend_dynamo.memory.record import QUICK, record_memory
 from ascend_dynamo.options import Options
 from ascend_dynamo.passes.pipeline import Pipeline
 from ascend_dynamo.regions import mark as mark_regions
@@ -102,6 +104,7 @@ class Backend:
                 "gradients are enabled and an input or parameter needs them: compiled without fusions. For inference, "
                 "call the model under torch.no_grad() or torch.inference_mode()",
             )
+            _note_unchecked(options, record)
             return plain(gm, example_inputs)
         compat.specialize_module_floats(gm)
         registry = load_registry(options, record)
@@ -117,7 +120,14 @@ class Backend:
                 raise
             log.exception("our passes failed on graph %d; it is compiled without them", record.index)
             record.quarantined.append(Quarantined("ascend_dynamo", f"{type(error).__name__}: {error}"))
+            _note_unchecked(options, record)
             return compat.plain_inference(gm, example_inputs, eager=lowering.target == "reference")
+
+
+def _note_unchecked(options: Options, record: CompileRecord) -> None:
+    if options.memory_limit is not None:
+        record.notes.append("memory_limit is not checked in this graph, which was compiled without our passes")
+        log.warning("graph %d: %s", record.index, record.notes[-1])
 
 
 @dataclass
@@ -152,7 +162,23 @@ class _Compilation:
         start = time.perf_counter()
         artifact = self.pipeline.lowering.compile(unit)
         record.seconds["compile"] = time.perf_counter() - start
-        return artifact.bind(strict=self.pipeline.options.strict)
+        return self._limited(unit, artifact.bind(strict=self.pipeline.options.strict), artifact)
+
+    def _limited(
+        self, unit: GraphUnit, run: Callable[[list[Any]], list[Any]], artifact: CompiledArtifact
+    ) -> Callable[[list[Any]], list[Any]]:
+        """``run`` behind the memory limit, if there is one; the record learns what a run will take."""
+        lifetimes = getattr(artifact, "lifetimes", None)
+        limit = self.pipeline.options.memory_limit
+        if lifetimes is None:
+            if limit is not None:
+                raise OptionError(f'option "memory_limit": the target {self.record.target} does not tell what it takes')
+            return run
+        start = time.perf_counter()
+        found = lifetimes()
+        self.record.memory = record_memory(unit, found, seconds=1.0 if self.texts else QUICK)
+        self.record.seconds["memory"] = time.perf_counter() - start
+        return run if limit is None else MemoryLimit(limit, found, self.record.memory.derived).around(run)
 
 
 def _calls(unit: GraphUnit) -> int:

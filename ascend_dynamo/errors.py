@@ -43,6 +43,14 @@ class CapacityError(MemoryPlanError):
         self.needed, self.capacity, self.plan = needed, capacity, plan
 
 
+class MemoryLimitError(AscendDynamoError, MemoryError):
+    """A call, or a configuration, that does not fit: ``needed`` and ``limit`` in bytes. Nothing of it has run."""
+
+    def __init__(self, message: str, *, needed: int, limit: int) -> None:
+        super().__init__(message)
+        self.needed, self.limit = needed, limit
+
+
 class UnsupportedTorchError(AscendDynamoError, RuntimeError):
     """The installed torch is outside the supported range."""
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from ascend_dynamo.cache.gears import Gears
 from ascend_dynamo.contracts import Level
-from ascend_dynamo.errors import OptionError
+from ascend_dynamo.errors import MemoryPlanError, OptionError
+from ascend_dynamo.memory.units import parse_bytes
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TARGETS = ("auto", "cpu", "npu", "reference")
@@ -138,6 +139,15 @@ def read_dump(name: str, value: Any) -> str | None:
     if value is None or (isinstance(value, (str, os.PathLike)) and str(value)):
         return None if value is None else os.fspath(value)
     raise illegal(name, value, "None or the path of a directory")
+
+
+def read_memory(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    try:
+        return parse_bytes(value)
+    except MemoryPlanError:
+        raise illegal(name, value, 'None, a positive number of bytes, or "8GB", "512MB"') from None
 
 
 def split_plugins(options: dict[str, Any]) -> dict[str, Any]:

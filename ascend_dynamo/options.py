@@ -26,6 +26,7 @@ from ascend_dynamo.option_values import (
     read_expect,
     read_gears,
     read_level,
+    read_memory,
     read_mode,
     read_patterns,
     read_plugins,
@@ -120,6 +121,15 @@ class Options:
         default=None,
         metadata=_about(read_dump, "None, directory", "Write the texts and the report of every graph there."),
     )
+    memory_limit: int | None = field(
+        default=None,
+        metadata=_about(
+            read_memory,
+            'None, bytes, or "8GB"',
+            "What a call of a compiled graph may take, weights and caches included: one that would take more raises"
+            " `MemoryLimitError` before it runs.",
+        ),
+    )
     mode: str | None = field(
         default=None,
         metadata=_about(
@@ -176,11 +186,14 @@ class Options:
     def digest(self) -> str:
         """Hex digest of everything that can change what is compiled, or what compiling must complain about.
 
-        ``cache`` and ``dump`` only say where to write. Plugins enter by name: the registry's digest, another
+        ``cache`` and ``dump`` only say where to write, ``memory_limit`` is checked call by call. Plugins enter by name: the registry's digest, another
         component of the cache key, covers their sources.
         """
-        body = {f.name: _canonical(getattr(self, f.name)) for f in fields(self) if f.name not in ("cache", "dump")}
+        body = {f.name: _canonical(getattr(self, f.name)) for f in fields(self) if f.name not in _NOT_COMPILED}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+_NOT_COMPILED = ("cache", "dump", "memory_limit")
 
 
 def _canonical(value: Any) -> Any:
@@ -235,6 +248,8 @@ def _read_text(name: str, text: str) -> Any:
         value = _json_or_pairs(name, text)
     elif name == "dump":
         value = text or None
+    elif name == "memory_limit":
+        value = int(text) if text.isdecimal() else text or None
     reader = Options.__dataclass_fields__[name].metadata["read"]
     return reader(name, value)
 

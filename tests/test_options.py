@@ -78,6 +78,9 @@ ILLEGAL: list[tuple[str, Any, str]] = [
     ("gears", {1: [1]}, "name of a dimension"),
     ("dump", "", "path of a directory"),
     ("dump", 1, "path of a directory"),
+    ("memory_limit", "8 apples", "8GB"),
+    ("memory_limit", 0, "positive"),
+    ("memory_limit", True, "positive"),
     ("mode", "max-autotune-no-cudagraph", 'did you mean "max-autotune-no-cudagraphs"'),
 ]
 
@@ -133,6 +136,9 @@ def test_explicit_over_environment_over_default() -> None:
         ("GEARS", "seq=pow2", "gears", Gears.parse({"seq": "pow2"})),
         ("DUMP", "out", "dump", "out"),
         ("DUMP", "", "dump", None),
+        ("MEMORY_LIMIT", "1.5 GB", "memory_limit", 3 << 29),
+        ("MEMORY_LIMIT", "4096", "memory_limit", 4096),
+        ("MEMORY_LIMIT", "", "memory_limit", None),
     ],
 )
 def test_every_variable_is_read(variable: str, text: str, name: str, value: Any) -> None:
@@ -238,8 +244,8 @@ CHANGES: dict[str, Any] = {
 def test_digest_sees_every_option_that_matters_and_no_other() -> None:
     digests = {name: resolve(**{name: value}).digest() for name, value in CHANGES.items()}
     assert len({*digests.values(), Options().digest()}) == len(CHANGES) + 1
-    assert resolve(cache=False, dump="d").digest() == Options().digest()
-    assert {*CHANGES, "cache", "dump"} == {f.name for f in fields(Options)}
+    assert resolve(cache=False, dump="d", memory_limit="8GB").digest() == Options().digest()
+    assert {*CHANGES, "cache", "dump", "memory_limit"} == {f.name for f in fields(Options)}
     assert resolve(patterns={"a": True, "b": False}).digest() == resolve(patterns={"b": False, "a": True}).digest()
 
 

@@ -89,9 +89,9 @@ class Liveness:
             found[s.name] = int(value)
         return found
 
-    def at(self, sizes: Mapping[str, int] | None = None) -> Liveness:
+    def at(self, sizes: Mapping[str, int] | None = None, *, default: int | None = None) -> Liveness:
         """The same with numbers for sizes: those given by symbol name, else those of the first call, else the largest
-        that the range allows.
+        that the range allows, else ``default``.
 
         Raises:
             ValueError: a name is no symbol of the program, or a size that has no bound is missing.
@@ -101,9 +101,7 @@ class Liveness:
         if unknown:
             known = ", ".join(str(s) for s in self.symbols) or "none"
             raise ValueError(f"{sorted(unknown)[0]!r} is no symbolic size of this graph; it has {known}")
-        values = {**self._bounds, **self.hints, **given}
-        memo: dict[Any, int] = {}
-        return replace(self, lifetimes=tuple(replace(x, bytes=_number(x.bytes, values, memo)) for x in self.lifetimes))
+        return self._evaluated({**self._bounds, **self.hints, **given}, default)
 
     def upper(self, sizes: Mapping[str, int] | None = None) -> Liveness:
         """The same with upper bounds: sizes that are not given are as large as their range allows.
@@ -113,9 +111,7 @@ class Liveness:
         Raises:
             ValueError: a size has neither a value nor a bound.
         """
-        values = {**self._bounds, **(sizes or {})}
-        memo: dict[Any, int] = {}
-        return replace(self, lifetimes=tuple(replace(x, bytes=_number(x.bytes, values, memo)) for x in self.lifetimes))
+        return self._evaluated({**self._bounds, **(sizes or {})}, None)
 
     def buffers(self, sizes: Mapping[str, int] | None = None, device: str | None = None) -> list[Buffer]:
         """What the arena has to hold, for the planner: no outputs, nothing of size 0, one device (the fullest)."""
@@ -138,6 +134,14 @@ class Liveness:
             weight[x.device] = (n + 1, b + (x.bytes if isinstance(x.bytes, int) else 0))
         return max(weight, key=lambda d: weight[d][::-1]) if weight else "cpu"
 
+    def _evaluated(self, values: Mapping[str, int], default: int | None) -> Liveness:
+        memo: dict[Any, int] = {}
+        lives = (
+            x if isinstance(x.bytes, int) else replace(x, bytes=_number(x.bytes, values, default, memo))
+            for x in self.lifetimes
+        )
+        return replace(self, lifetimes=tuple(lives))
+
     @cached_property
     def _bounds(self) -> dict[str, int]:
         return {s.name: s.high for s in self.symbols if s.high is not None}
@@ -159,13 +163,10 @@ def peak_of(lifetimes: Iterable[Lifetime]) -> Peak:
     return Peak(best, step, tuple(live))
 
 
-def _number(size: Size, values: Mapping[str, int], memo: dict[Any, int]) -> int:
-    if isinstance(size, int):
-        return size
+def _number(size: Size, values: Mapping[str, int], default: int | None, memo: dict[Any, int]) -> int:
     if size not in memo:
-        missing = sorted({s.name for s in size.free_symbols} - values.keys())
-        if missing:
+        missing = sorted(s.name for s in size.free_symbols if s.name not in values)
+        if missing and default is None:
             raise ValueError(f"the size {size} bytes needs a value for {missing[0]}, which has no bound: give one")
-        known = {s: sympy.Integer(values[s.name]) for s in size.free_symbols}
-        memo[size] = int(size.subs(known))
+        memo[size] = int(size.subs({s: sympy.Integer(values.get(s.name, default)) for s in size.free_symbols}))
     return memo[size]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ascend_dynamo.memory.record import MemoryRecord
+
 
 @dataclass(frozen=True)
 class Fired:
@@ -53,7 +55,8 @@ class Lowered:
 
 @dataclass
 class CompileRecord:
-    """One compiled graph: its text before and after our passes, and everything that was decided."""
+    """One compiled graph: its text before and after our passes, and everything that was decided. ``memory`` is what its
+    run will take (None: the target cannot tell)."""
 
     index: int = 0
     target: str = ""
@@ -68,6 +71,9 @@ class CompileRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     training: bool = False
+    kv_copies: list[str] = field(default_factory=list)
+    """What of the final graph copies a cache (``passes/kv_copies.py``): empty if all is in place."""
+    memory: MemoryRecord | None = None
 
     def count(self, pattern: str) -> int:
         """How often a pattern fired in this graph; the name of a dialect op counts every pattern that emits it."""

@@ -1,0 +1,171 @@
+"""What a compilation remembers about memory: the plan and the peak of one graph, as plain data that can be pickled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from ascend_dynamo import _torch_compat as compat
+from ascend_dynamo.contracts import GraphUnit
+from ascend_dynamo.ir.facts import PROLOGUE
+from ascend_dynamo.ir.transforms import transform
+from ascend_dynamo.memory.lifetimes import Liveness, peak_of
+from ascend_dynamo.memory.plan import Plan, assign_offsets
+
+log = logging.getLogger("ascend_dynamo.memory")
+
+QUICK = 0.02  # seconds that a plan may take while somebody waits for the compilation
+UNKNOWN_SIZE = 1 << 20  # elements, where neither the call nor a range tells how many
+
+
+@dataclass(frozen=True)
+class MemoryBlock:
+    """One allocation: live during steps ``start <= step < end``, at ``offset`` in the arena (None: an output, or on
+    another device). ``formula`` spells the bytes where sizes are symbolic; ``inner`` is an operator's workspace."""
+
+    id: str
+    start: int
+    end: int
+    bytes: int
+    op: str = ""
+    src: tuple[str, int] | None = None
+    offset: int | None = None
+    output: bool = False
+    inner: bool = False
+    formula: str = ""
+
+
+@dataclass
+class MemoryRecord:
+    """The memory of one graph at the sizes of its first call; everything in bytes.
+
+    ``source`` is what the prediction was read from: "inductor" (the program after fusion) or "fx" (the graph, op by
+    op); ``exact`` is False where that is only an upper bound. ``arena`` is the planned size, ``lower_bound`` the most
+    intermediates that are live at once, which no plan can undercut, ``peak`` the same with the outputs, reached at
+    ``step`` of ``steps``. ``weights``, ``derived`` (packed copies of weights) and ``inputs`` (everything else that is
+    passed in: caches, ids) are there before the call. ``recorded`` is the peak of intermediates in a real call, once
+    there was one that was recorded (temporaries inside kernels included).
+    """
+
+    source: str = "fx"
+    exact: bool = True
+    sizes: dict[str, int] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    blocks: list[MemoryBlock] = field(default_factory=list)
+    steps: int = 0
+    arena: int = 0
+    lower_bound: int = 0
+    method: str = ""
+    peak: int = 0
+    step: int = 0
+    weights: int = 0
+    derived: int = 0
+    inputs: int = 0
+    recorded: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Weights, inputs, outputs and arena: what the graph needs at its peak, with the arena as planned."""
+        return self.weights + self.derived + self.inputs + self.peak + (self.arena - self.lower_bound)
+
+    @property
+    def ratio(self) -> float | None:
+        """The planned arena over the recorded peak of intermediates: 1 is perfect, below 1 is too small."""
+        return self.arena / self.recorded if self.recorded else None
+
+    def live(self, step: int | None = None) -> list[MemoryBlock]:
+        """Who is live at a step (the peak's by default), the largest first."""
+        at = self.step if step is None else step
+        found = [b for b in self.blocks if b.start <= at < b.end and b.bytes]
+        return sorted(found, key=lambda b: (-b.bytes, b.start, b.id))
+
+
+def record_memory(unit: GraphUnit, found: Liveness, *, seconds: float = QUICK) -> MemoryRecord:
+    """The record of a graph whose run allocates ``found``; the plan may take ``seconds``.
+
+    Sizes that neither the first call nor their range tells (the number of hits of a nonzero) count as 1 MiB elements,
+    as everywhere in the compiler.
+    """
+    sizes = {s.name: s.hint if s.hint is not None else s.high for s in found.symbols}
+    known = {name: n for name, n in sizes.items() if n is not None}
+    free = {s.name for x in found.lifetimes for s in getattr(x.bytes, "free_symbols", ())} - known.keys()
+    concrete = found.at(known, default=UNKNOWN_SIZE) if free else found.at(known)
+    plan = _plan(concrete, seconds)
+    peak = peak_of(x for x in concrete.lifetimes if x.device == concrete.device)
+    return MemoryRecord(
+        source=found.source,
+        exact=found.exact and not free,
+        sizes=known,
+        names={s.name: s.source for s in found.symbols if s.source},
+        blocks=_blocks(found, concrete, plan),
+        steps=found.steps,
+        arena=plan.size,
+        lower_bound=plan.lower_bound,
+        method=plan.method,
+        peak=peak.bytes,
+        step=peak.step,
+        weights=distinct_bytes(unit.weights.values()),
+        derived=_derived_bytes(unit),
+        inputs=_input_bytes(unit),
+    )
+
+
+def _plan(concrete: Liveness, seconds: float) -> Plan:
+    return assign_offsets(concrete.buffers(), seconds=seconds)
+
+
+def _blocks(found: Liveness, concrete: Liveness, plan: Plan) -> list[MemoryBlock]:
+    return [
+        MemoryBlock(
+            x.id,
+            x.start,
+            x.end,
+            x.bytes,
+            x.op,
+            x.src,
+            plan.offsets.get(x.id),
+            x.output,
+            x.inner,
+            "" if isinstance(symbolic.bytes, int) else str(symbolic.bytes),
+        )
+        for symbolic, x in zip(found.lifetimes, concrete.lifetimes, strict=True)
+    ]
+
+
+def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """The bytes of the tensors' storages, each counted once: tied weights and slices of one tensor share one."""
+    seen: dict[tuple[str, int], int] = {}
+    for t in tensors:
+        if t.layout != torch.strided or compat.is_subclass(t):
+            seen["", id(t)] = t.numel() * t.element_size()
+            continue
+        storage = t.untyped_storage()
+        seen[t.device.type, storage.data_ptr() or id(t)] = storage.nbytes()
+    return sum(seen.values())
+
+
+def _derived_bytes(unit: GraphUnit) -> int:
+    """Weights that the prologue copies (packs, quantises); those that it merges by aliasing take no more."""
+    holders = [n for n in unit.gm.graph.find_nodes(op="placeholder") if PROLOGUE in n.meta]
+    return sum(_hinted_bytes(n) for n in holders if not transform(n.meta[PROLOGUE][0]).alias)
+
+
+def _input_bytes(unit: GraphUnit) -> int:
+    """Inputs that are neither parameters nor derived: caches, ids, masks."""
+    params = {*unit.params, *unit.weights}
+    holders = unit.gm.graph.find_nodes(op="placeholder")
+    return sum(_hinted_bytes(n) for n in holders if n.name not in params and PROLOGUE not in n.meta)
+
+
+def _hinted_bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0
+    count = 1
+    for size in value.shape:
+        count *= size if isinstance(size, int) else compat.size_hint(size)
+    return count * value.element_size()
