@@ -30,6 +30,13 @@ def define(spec: OpSpec) -> None:
     _LIBRARY.impl(spec.name, _autograd_kernel(spec), "Autograd", with_keyset=True)
 
 
+def define_host(name: str, signature: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an operator that is bookkeeping on the host: no reference, no gradient, no autocast, run as it is."""
+    _LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+
 def autocast_dtype(policy: AutocastPolicy, device: str) -> torch.dtype | None:
     """The dtype to which a policy casts arguments in an autocast region of a device type; None leaves them."""
     if policy == "lower":

@@ -13,6 +13,7 @@ from ascend_dynamo.dialect import (
     fused_quant,
     kv_functional,
     kv_pages,
+    kv_reserve,
     mla,
     moe,
     norm,
@@ -43,6 +44,10 @@ SPECS: Mapping[str, OpSpec] = MappingProxyType({spec.name: spec for family in _F
 
 for _spec in SPECS.values():
     define(_spec)
+
+
+HOST_OPS = (kv_reserve.OP,)
+"""Bookkeeping on the host: registered like the others, but without a meaning in ATen, so every target runs it."""
 
 
 def is_dialect_op(target: Any) -> bool:

@@ -79,22 +79,7 @@ class BlockPool:
 
         Raises OutOfPagesError, UnknownSequenceError, DoubleFreeError, or KVCacheError for a negative number of tokens.
         """
-        plan = [(self._get(sequence), new) for sequence, new in news.items()]
-        drops: Counter[int] = Counter()
-        tails: Counter[int] = Counter()
-        asked = 0
-        for one, new in plan:
-            count = new if isinstance(new, int) else len(new)
-            if count < 0:
-                raise KVCacheError(f"{count} tokens cannot be appended; crop() takes tokens away")
-            if count and one.length % self.page_size:
-                if one.pages[-1] == ABSENT:
-                    raise KVCacheError("a sequence that ends inside its padding cannot grow; free it and open another")
-                tails[one.pages[-1]] += 1
-            asked += self._count(one.length + count) - len(one.pages)
-            drops.update(page for page in one.pages[one.gone : self._behind(one)] if page != ABSENT)
-        asked += sum(min(count, self.pages.refs[page] - 1) for page, count in tails.items())
-        self.pages.require(asked, self.pages.freed_by(drops))
+        plan = self._plan(news)
         copies: list[Copy] = []
         for one, _new in plan:
             self._slide(one)
@@ -111,6 +96,29 @@ class BlockPool:
             elif one.ids is not None:
                 one.ids += new
         return copies
+
+    def require(self, news: Mapping[int, New]) -> None:
+        """Raise what ``append_all`` would raise, and change nothing."""
+        self._plan(news)
+
+    def _plan(self, news: Mapping[int, New]) -> list[tuple[StoredSequence, New]]:
+        plan = [(self._get(sequence), new) for sequence, new in news.items()]
+        drops: Counter[int] = Counter()
+        tails: Counter[int] = Counter()
+        asked = 0
+        for one, new in plan:
+            count = new if isinstance(new, int) else len(new)
+            if count < 0:
+                raise KVCacheError(f"{count} tokens cannot be appended; crop() takes tokens away")
+            if count and one.length % self.page_size:
+                if one.pages[-1] == ABSENT:
+                    raise KVCacheError("a sequence that ends inside its padding cannot grow; free it and open another")
+                tails[one.pages[-1]] += 1
+            asked += self._count(one.length + count) - len(one.pages)
+            drops.update(page for page in one.pages[one.gone : self._behind(one)] if page != ABSENT)
+        asked += sum(min(count, self.pages.refs[page] - 1) for page, count in tails.items())
+        self.pages.require(asked, self.pages.freed_by(drops))
+        return plan
 
     def commit(self, sequence: int) -> None:
         """What was appended has been written: its full pages can be found by their content from now on."""
