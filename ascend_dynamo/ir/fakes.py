@@ -45,7 +45,7 @@ class FakeCache:
         key = (tuple(expr(s) for s in shape), dtype, like.device)
         found = self._results.get(key)
         if found is None:
-            with self._quiet():
+            with self.quiet():
                 found = torch.empty(shape, dtype=dtype, device=like.device)
             self._results[key] = found
         return found
@@ -78,10 +78,10 @@ class FakeCache:
         if shape is not None:
             return self.tensor(shape, args[0].meta["val"])
         real_args, real_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self._quiet():
+        with self.quiet():
             return target(*real_args, **real_kwargs)
 
-    def _quiet(self) -> _Quiet:
+    def quiet(self) -> _Quiet:
         return _Quiet(self.mode)
 
 

@@ -27,15 +27,16 @@ class Promise:
     outputs: tuple[Any, ...]
     aliases: frozenset[tuple[int, int]]  # pairs of outputs, or (output, -1 - input), that may share memory
     guards: int
-    writes: int
+    writes: int  # arguments that calls write
+    written: frozenset[int]  # inputs whose memory is written
 
 
 def promise(unit: GraphUnit) -> Promise:
     """Dtype and shape of every output, which outputs may alias what, the number of guards and of writes."""
     outputs = _outputs(unit.gm)
     values = tuple(o.meta.get("val") if isinstance(o, fx.Node) else o for o in outputs)
-    effectful = sum(bool(effects.node_effects(n).writes) for n in unit.gm.graph.nodes)
-    return Promise(values, _aliases(unit.gm, outputs), compat.guard_count(fake_mode_of(unit.gm)), effectful)
+    writes, written = _writes(unit.gm)
+    return Promise(values, _aliases(unit.gm, outputs), compat.guard_count(fake_mode_of(unit.gm)), writes, written)
 
 
 def verify(unit: GraphUnit, before: Promise | None = None, changed: Iterable[fx.Node] = ()) -> None:
@@ -114,9 +115,20 @@ def _promises(unit: GraphUnit, before: Promise) -> None:
     guards = compat.guard_count(fake_mode_of(unit.gm))
     if guards != before.guards:
         raise VerifyError(f"the pass added {guards - before.guards} guards: use facts.known instead of comparing sizes")
-    writes = sum(bool(effects.node_effects(n).writes) for n in unit.gm.graph.nodes)
+    writes, written = _writes(unit.gm)
+    for i in sorted(before.written - written):
+        raise VerifyError(f"the graph wrote its input {i}, and now does not")
+    for i in sorted(written - before.written):
+        raise VerifyError(f"the graph now writes its input {i}, which it only read")
     if writes < before.writes:
         raise VerifyError(f"the graph made {before.writes} writes to memory, and now makes {writes}")
+
+
+def _writes(gm: fx.GraphModule) -> tuple[int, frozenset[int]]:
+    """How many arguments are written by calls, and which inputs own memory that is."""
+    inputs = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    targets = [t for n in gm.graph.nodes for t in effects.written(n)]
+    return len(targets), frozenset(inputs[r] for t in targets for r in effects.roots(t) if r in inputs)
 
 
 def _aliases(gm: fx.GraphModule, outputs: tuple[Any, ...]) -> frozenset[tuple[int, int]]:

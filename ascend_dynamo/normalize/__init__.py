@@ -15,7 +15,17 @@ from torch import fx
 
 from ascend_dynamo.contracts import GraphUnit, PassResult
 from ascend_dynamo.ir.effects import is_pure, node_effects
-from ascend_dynamo.normalize import assertions, casts, composites, fold, layout, reductions, scalars, scatter
+from ascend_dynamo.normalize import (
+    assertions,
+    casts,
+    composites,
+    fold,
+    functionalized,
+    layout,
+    reductions,
+    scalars,
+    scatter,
+)
 from ascend_dynamo.normalize.memory import Memory
 from ascend_dynamo.normalize.schema import Signature, signature, trim
 from ascend_dynamo.normalize.work import Work
@@ -27,6 +37,7 @@ RULES: Mapping[Any, layout.Rule] = {
     **scalars.RULES,
     **composites.RULES,
     **reductions.RULES,
+    **functionalized.RULES,
 }
 # These always show all their arguments.
 _EXPLICIT = frozenset({torch.ops.aten.slice.Tensor, torch.ops.aten.cat.default, torch.ops.aten.slice_scatter.default})

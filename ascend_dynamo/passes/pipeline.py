@@ -1,8 +1,10 @@
-"""The pipeline of one captured graph: normalize, fuse, lower, verify."""
+"""The pipeline of one captured graph: normalize, fuse, lower, re-inplace, verify."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from torch import fx
 
 from ascend_dynamo.contracts import GraphUnit, Lowering, Pass, PassResult
 from ascend_dynamo.ir.builder import GraphBuilder
@@ -12,7 +14,9 @@ from ascend_dynamo.ir.verify import promise, verify
 from ascend_dynamo.match import Registry, run_patterns
 from ascend_dynamo.normalize import normalize
 from ascend_dynamo.options import Options
+from ascend_dynamo.passes.kv_copies import kv_copies
 from ascend_dynamo.passes.manager import run_passes
+from ascend_dynamo.passes.reinplace import Reinplace
 from ascend_dynamo.report.records import CompileRecord, Lowered
 
 
@@ -55,26 +59,30 @@ class Lower:
 
     def run(self, g: GraphUnit, options: Options) -> PassResult:
         facts = GraphFacts(g.gm, g.params, g.weights)
-        lowered = 0
-        for node in g.gm.graph.nodes:
-            if node.op == "call_function" and node.target in self.lowering.ops:
-                reason = self.lowering.supports(node.target, node, facts)
-                if reason is None and (cost := self.lowering.cost(node.target, node, facts)) >= 0.0:
-                    self._note(node, "reference", f"the kernel would cost {1e6 * cost:.1f} us more")
-                elif reason is None:
-                    self._replace(node, GraphBuilder(g, facts, node, node))
-                    self._note(node, "kernel")
-                    lowered += 1
-                else:
-                    self._note(node, "reference", str(reason))
+        lowered = sum([self.lower(g, facts, node) for node in g.gm.graph.nodes])
         if lowered:
             remove_dead(g.gm.graph)
         return PassResult(lowered > 0)
 
-    def _note(self, node, path: str, reason: str = "") -> None:  # type: ignore[no-untyped-def]
+    def lower(self, g: GraphUnit, facts: GraphFacts, node: fx.Node) -> bool:
+        """Put the target's kernel in the place of one node, if it has one that pays; returns whether it did."""
+        if node.op != "call_function" or node.target not in self.lowering.ops:
+            return False
+        reason = self.lowering.supports(node.target, node, facts)
+        if reason is None and (cost := self.lowering.cost(node.target, node, facts)) >= 0.0:
+            self._note(node, "reference", f"the kernel would cost {1e6 * cost:.1f} us more")
+        elif reason is None:
+            self._replace(node, GraphBuilder(g, facts, node, node))
+            self._note(node, "kernel")
+            return True
+        else:
+            self._note(node, "reference", str(reason))
+        return False
+
+    def _note(self, node: fx.Node, path: str, reason: str = "") -> None:
         self.record.lowered.append(Lowered(str(node.target), node.name, path, reason))
 
-    def _replace(self, node, b: GraphBuilder) -> None:  # type: ignore[no-untyped-def]
+    def _replace(self, node: fx.Node, b: GraphBuilder) -> None:
         (new,) = self.lowering.lower(node, b)
         node.replace_all_uses_with(new)
         node.graph.erase_node(node)
@@ -101,6 +109,10 @@ class Pipeline:
         passes: list[Pass] = [Normalize()]
         if self.options.level > 0:
             passes.append(Fuse(self.registry, record, self.explain))
-        passes += [*self.extra, Lower(self.lowering, record)]
+        lower = Lower(self.lowering, record)
+        passes += [*self.extra, lower]
+        if self.options.level > 0:
+            passes.append(Reinplace(lower.lower))
         run_passes(passes, unit, self.options, record)
         verify(unit, before)
+        record.kv_copies = list(kv_copies(unit))
