@@ -35,7 +35,7 @@ class PageGroup:
         self.handle = register_source(self)
         self.sequences: list[int] = []
         self.empty_pages: list[int] = []
-        self.stores: list[Store] = []
+        self.layers: list[Store] = []
         self.peers: list[PageGroup] = []
         self.seen = 0
         self.block_table: Tensor | None = None
@@ -83,9 +83,11 @@ class PageGroup:
                     f"the cache holds {len(self.sequences)} sequences and gets a batch of {batch}; reset() it first"
                 )
             return False
-        if self.empty_pages and len(self.empty_pages) != batch:
-            raise UnsupportedCacheError(f"set_padding() was given {len(self.empty_pages)} rows, the batch has {batch}")
-        empty = self.empty_pages or [0] * batch
+        rows = len(self.empty_pages)
+        if rows and batch % rows:
+            raise UnsupportedCacheError(f"set_padding() was given {rows} rows, the batch has {batch}")
+        # generate() repeats every row for its beams
+        empty = [count for count in self.empty_pages for _ in range(batch // rows)] or [0] * batch
         self.sequences = [self.pool.open(empty_pages=count).sequence for count in empty]
         return True
 
@@ -105,22 +107,20 @@ class PageGroup:
     def copy_pages(self, copies: Sequence[Copy]) -> None:
         if copies:
             sources, targets = [c.source for c in copies], [c.target for c in copies]
-            for store in self.stores:
-                store.copy_pages(sources, targets)
+            for layer in self.layers:
+                layer.copy_pages(sources, targets)
 
     def reorder(self, parents: list[int]) -> None:
         """Row i continues what row ``parents[i]`` said."""
-        if not self.sequences or parents == list(range(len(self.sequences))):
+        if parents == list(range(len(self.sequences))):
             return
         self.sequences, copies = self.pool.reorder(self.sequences, parents)
-        self.empty_pages = [self.empty_pages[p] for p in parents] if self.empty_pages else []
         self.copy_pages(copies)
         self.refresh()
 
     def crop(self, length: int) -> None:
         """Only the first ``length`` tokens of every row."""
-        if self.sequences:
-            self.copy_pages(self.pool.crop(self.sequences, length))
+        self.copy_pages(self.pool.crop(self.sequences, length))
         self.seen = length
         self.refresh()
 

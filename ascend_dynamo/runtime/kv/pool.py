@@ -148,8 +148,8 @@ class BlockPool:
         for sequence in sequences:
             del self._sequences[sequence]
 
-    def crop(self, sequences: Iterable[int], length: int) -> list[Copy]:
-        """Shorten sequences to ``length`` tokens; their last pages are theirs alone afterwards.
+    def crop(self, sequences: Iterable[int], length: int, *, dry_run: bool = False) -> list[Copy]:
+        """Shorten sequences to ``length`` tokens; their last pages are their own afterwards. ``dry_run`` only checks.
 
         Raises KVCacheError where a sequence is shorter, or where its window needs pages that were given back.
         """
@@ -172,6 +172,8 @@ class BlockPool:
             sum(min(n, self.pages.refs[page] - 1) for page, n in tails.items()), self.pages.freed_by(drops)
         )
         copies: list[Copy] = []
+        if dry_run:
+            return copies
         for one in plan:
             self._drop(one.pages[count:])
             del one.pages[count:]
@@ -183,10 +185,12 @@ class BlockPool:
                 copies += self._own_tail(one)
         return copies
 
-    def reorder(self, sequences: Sequence[int], parents: Sequence[int]) -> tuple[list[int], list[Copy]]:
+    def reorder(
+        self, sequences: Sequence[int], parents: Sequence[int], *, dry_run: bool = False
+    ) -> tuple[list[int], list[Copy]]:
         """New sequences in place of ``sequences``: the i-th continues ``sequences[parents[i]]`` (beam search).
 
-        Full pages are shared, the last, partly filled page of each new sequence is its own.
+        Full pages are shared, the last, partly filled page of each new sequence is its own. ``dry_run`` only checks.
         """
         old = [self._get(sequence) for sequence in sequences]
         if len(set(sequences)) != len(sequences):
@@ -203,6 +207,8 @@ class BlockPool:
         tails = Counter(one.pages[-1] for one in partial)
         after = {page: self.pages.refs[page] - drops[page] + gains[page] for page in tails}
         self.pages.require(sum(min(n, after[page] - 1) for page, n in tails.items()), self.pages.freed_by(drops, gains))
+        if dry_run:
+            return [], []
         new = [self._twin(one) for one in chosen]
         for one in new:
             for page in one.pages:
