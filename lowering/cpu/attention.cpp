@@ -4,8 +4,13 @@
 // queries. So softmax is elementwise over vectors (no sums across lanes), and its result, made words along the keys,
 // already is the packed operand of the second product, against which words of v are broadcast. All query heads that
 // share a key head are rows of one problem: grouped heads need no repeated k and v, and one decode step fills lanes.
+//
+// A call holds several problems, one for each sequence in pages. What is stored in fewer bits than it is computed in is
+// widened a block at a time.
 #include <memory>
+#include <vector>
 
+#include "rows.h"
 #include "scores.h"
 #include "values.h"
 
@@ -146,8 +151,44 @@ __m512 exponentials(const float* s, int64_t count, __m512 scale, __m512 top, T* 
 }
 
 struct Queries;
+struct Keys;
 struct Values;
 struct Sums;
+
+// A block of rows: at their places, or widened into `wide` (with room for kKeys of them) if they are stored otherwise.
+template <class T>
+void read_rows(const Attention& p, const Stored& t, int64_t b, int64_t h, int64_t j0, int64_t count, int64_t d,
+               T* wide, const T** to) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    rows_of(p, t, b, h, j0, count, to);
+  } else {
+    with_stored<T>(p.stored, [&]<class S>(const S*) {
+      if constexpr (std::is_same_v<T, S>) {
+        rows_of(p, t, b, h, j0, count, to);
+      } else {
+        const S* rows[kKeys];
+        alignas(64) float scale[kKeys];
+        const int64_t stride = (d + 15) / 16 * 16;
+        rows_of(p, t, b, h, j0, count, rows);
+        if (t.scale) scales_of(p, t, h, j0, count, scale);
+        pack_values(rows, t.scale ? scale : nullptr, count, d, stride, wide);
+        for (int64_t i = 0; i < count; ++i) to[i] = wide + i * stride;
+      }
+    });
+  }
+}
+
+// A block of values, packed.
+template <class T>
+void read_values(const Attention& p, int64_t b, int64_t h, int64_t j0, int64_t count, int64_t width, T* to) {
+  with_stored<T>(p.stored, [&]<class S>(const S*) {
+    const S* rows[kKeys];
+    alignas(64) float scale[kKeys];
+    rows_of(p, p.v, b, h, j0, count, rows);
+    if (p.v.scale) scales_of(p, p.v, h, j0, count, scale);
+    pack_values(rows, p.v.scale ? scale : nullptr, count, p.dv, width, to);
+  });
+}
 
 // What a pass over some of the keys leaves behind: the largest score of each row, the sum of its weights, and the
 // weighted sum of values, [dv rounded up to 16][kMaxRows].
@@ -161,8 +202,11 @@ template <class T>
 void attend(const Item& it, const Unit* unit, int64_t from, int64_t to, State& state) {
   const Attention& p = it.p;
   const int64_t units = (it.rows + kUnit - 1) / kUnit, width = (p.dv + 15) / 16 * 16;
-  const int64_t unit_stride = unit_size<T>(p.d);
-  T* packed = static_cast<T*>(scratch<Queries>(units * unit_stride * sizeof(T)));
+  const int64_t unit_stride = unit_size<T>(p.d), unit_stride2 = unit_size<T>(p.d2);
+  T* packed = static_cast<T*>(scratch<Queries>(units * (unit_stride + unit_stride2) * sizeof(T)));
+  T* packed2 = packed + units * unit_stride;
+  const int64_t wide_size = p.stored == p.dtype ? 0 : kKeys * ((std::max(p.d, p.d2) + 15) / 16 * 16);
+  T* wide = wide_size ? static_cast<T*>(scratch<Keys>(wide_size * sizeof(T))) : nullptr;
   T* values = it.packed_values ? nullptr : static_cast<T*>(scratch<Values>(kKeys * width * sizeof(T)));
   __m512 *top = state.top, *total = state.total, alpha[kTileUnits];
   for (int64_t d = 0; d < width; ++d) std::fill_n(state.o + d * kMaxRows, units * kUnit, 0.f);
@@ -180,6 +224,12 @@ void attend(const Item& it, const Unit* unit, int64_t from, int64_t to, State& s
       sink[i] = sinks ? p.sinks[unit[u].head[i]] * kLog2e : -kInf;
     }
     pack_unit(rows, p.d, packed + u * unit_stride);
+    if (p.d2) {
+      for (int64_t i = 0; i < kUnit; ++i)
+        rows[i] = static_cast<const T*>(p.q2) + it.b * p.q2_stride[0] + unit[u].head[i] * p.q2_stride[1] +
+                  unit[u].query[i] * p.q2_stride[2];
+      pack_unit(rows, p.d2, packed2 + u * unit_stride2);
+    }
     top[u] = _mm512_load_ps(sink);
     total[u] = _mm512_set1_ps(sinks ? 1.f : 0.f);
     // Keys [begin, end) are seen by some lane, keys [always_begin, always_end) by all.
@@ -192,8 +242,6 @@ void attend(const Item& it, const Unit* unit, int64_t from, int64_t to, State& s
   end = std::min(end, to);
 
   const __m512 scale = _mm512_set1_ps(p.scale * kLog2e), one = _mm512_set1_ps(1.f);
-  const T* k = static_cast<const T*>(p.k) + it.b * p.k_stride[0] + it.head * p.k_stride[1];
-  const T* v = static_cast<const T*>(p.v) + it.b * p.v_stride[0] + it.head * p.v_stride[1];
   const bool biased = p.bias || p.mask;
   for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
     const int64_t count = std::min(kKeys, end - j0), words = (count + kPer<T> - 1) / kPer<T>;
@@ -204,11 +252,14 @@ void attend(const Item& it, const Unit* unit, int64_t from, int64_t to, State& s
       open = open && c == Cover::open;
     }
     if (hidden) continue;
-    for (int64_t j = 0; j < count; j += kTileRows) {
-      const T* rows[kTileRows];
-      for (int r = 0; r < kTileRows; ++r) rows[r] = k + (j0 + std::min(j + r, count - 1)) * p.k_stride[2];
-      kTiles<T>[units - 1](rows, packed, unit_stride, p.d, 0, s + j * kMaxRows);
-    }
+    const auto products = [&](const Stored& k, int64_t d, Tile<T> tile, const T* queries, int64_t stride) {
+      const T* rows[kKeys + kTileRows];
+      read_rows(p, k, it.b, it.head, j0, count, d, wide, rows);
+      std::fill_n(rows + count, kTileRows, rows[count - 1]);
+      for (int64_t j = 0; j < count; j += kTileRows) tile(rows + j, queries, stride, d, 0, s + j * kMaxRows);
+    };
+    products(p.k, p.d, kTiles<T>[units - 1], packed, unit_stride);
+    if (p.d2) products(p.k2, p.d2, kMoreTiles<T>[units - 1], packed2, unit_stride2);
     const bool plain = open && p.softcap == 0 && p.scale > 0 && j0 >= always_begin && j0 + count <= always_end;
     for (int64_t u = 0; u < units; ++u) {
       float* mine = s + u * kUnit;
@@ -232,7 +283,7 @@ void attend(const Item& it, const Unit* unit, int64_t from, int64_t to, State& s
     if (it.packed_values)
       block = static_cast<const T*>(it.packed_values) + j0 * width;
     else
-      pack_values(v + j0 * p.v_stride[2], p.v_stride[2], count, p.dv, width, values);
+      read_values(p, it.b, it.head, j0, count, width, values);
     for (int64_t d = 0; d < p.dv; d += kTileRows)
       kValuesTiles<T>[units - 1](block + kPer<T> * d, width, weights, words, alpha, state.o + d * kMaxRows);
   }
@@ -280,73 +331,113 @@ void finish(const Item& it, const Unit* unit, const State& state) {
   }
 }
 
-template <class T>
-void attention(const Attention& p) {
-  const int64_t rows = p.hq / p.hk * p.sq, units = (rows + kUnit - 1) / kUnit;
-  const int64_t panels = (units + kTileUnits - 1) / kTileUnits, heads = p.batch * p.hk, items = heads * panels;
-  const int64_t width = (p.dv + 15) / 16 * 16, blocks = (p.sk + kKeys - 1) / kKeys;
-  const int64_t head_size = (p.sk + kPer<T> - 1) / kPer<T> * kPer<T> * width;
-  Buffer packed(panels > 1 ? heads * head_size * sizeof(T) : 0);
-  T* values = static_cast<T*>(packed.data());
-  if (values)
-    parallel(heads * blocks, [&](int64_t i) {
-      const int64_t b = i / blocks / p.hk, h = i / blocks % p.hk, j = i % blocks * kKeys;
-      const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + h * p.v_stride[1] + j * p.v_stride[2];
-      T* to = values + i / blocks * head_size + j * width;
-      pack_values(v, p.v_stride[2], std::min(kKeys, p.sk - j), p.dv, width, to);
-    });
+// How one problem is divided: into panels of rows of a key head, and its keys into splits.
+struct Plan {
+  const Attention* p;
+  int64_t rows, units, panels, heads, items, width, blocks;
+  int64_t step, splits, size;          // keys of a split, splits, floats of a State's sums
+  int64_t head_size, packed, partial;  // elements of a head's packed values; where those and the partial sums begin
+
+  explicit Plan(const Attention& a)
+      : p(&a), rows(a.hq / a.hk * a.sq), units((rows + kUnit - 1) / kUnit),
+        panels((units + kTileUnits - 1) / kTileUnits), heads(a.batch * a.hk), items(heads * panels),
+        width((a.dv + 15) / 16 * 16), blocks((a.sk + kKeys - 1) / kKeys), step(a.sk), splits(1),
+        size(width * kMaxRows), head_size((a.sk + 1) / 2 * 2 * width), packed(0), partial(0) {}
 
   // Few rows over many keys: the keys are split too. By shape alone, so that every number of threads rounds alike.
-  const int64_t most = std::min(kItems / items, (p.sk + kSplitKeys - 1) / kSplitKeys);
-  const int64_t step = most > 1 ? ((p.sk + most - 1) / most + kKeys - 1) / kKeys * kKeys : p.sk;
-  const int64_t splits = (p.sk + step - 1) / step, size = width * kMaxRows;
-  const auto item = [&](int64_t i) {
+  void split(int64_t all_items) {
+    const int64_t most = std::min(kItems / all_items, (p->sk + kSplitKeys - 1) / kSplitKeys);
+    if (most > 1) step = ((p->sk + most - 1) / most + kKeys - 1) / kKeys * kKeys;
+    splits = (p->sk + step - 1) / step;
+  }
+
+  template <class T>
+  Item item(int64_t i, const T* values) const {
     // Heads stay together for the cache; under a causal mask the last rows are the longest, so they go first.
     const int64_t head = i / panels, panel = panels - 1 - i % panels;
     const int64_t u0 = units * panel / panels, u1 = units * (panel + 1) / panels;
-    return Item{p, head / p.hk, head % p.hk, u0 * kUnit, std::min(rows, u1 * kUnit) - u0 * kUnit,
-                values ? values + head * head_size : nullptr};
-  };
+    return Item{*p, head / p->hk, head % p->hk, u0 * kUnit, std::min(rows, u1 * kUnit) - u0 * kUnit,
+                panels > 1 ? values + packed + head * head_size : nullptr};
+  }
+};
+
+template <class T>
+void attention(const Attention* list, int64_t problems) {
+  std::vector<Plan> plans;
+  std::vector<int64_t> blocks{0}, pieces{0}, merged{0};  // numbers of blocks to pack, pieces of work, items to merge
+  int64_t packed_size = 0, partial_size = 0, all_items = 0;
+  for (int64_t i = 0; i < problems; ++i) all_items += plans.emplace_back(list[i]).items;
+  for (Plan& plan : plans) {
+    plan.split(all_items);
+    plan.packed = packed_size;
+    plan.partial = partial_size;
+    const int64_t splits = plan.splits > 1 ? plan.items * plan.splits : 0;
+    packed_size += plan.panels > 1 ? plan.heads * plan.head_size : 0;
+    partial_size += splits;
+    blocks.push_back(blocks.back() + (plan.panels > 1 ? plan.heads * plan.blocks : 0));
+    pieces.push_back(pieces.back() + plan.items * plan.splits);
+    merged.push_back(merged.back() + (splits ? plan.items : 0));
+  }
+  Buffer packed(packed_size * sizeof(T));
+  T* values = static_cast<T*>(packed.data());
+  parallel(blocks.back(), [&](int64_t piece) {
+    const int64_t n = problem_of(blocks, piece), i = piece - blocks[n];
+    const Plan& plan = plans[n];
+    const Attention& p = *plan.p;
+    const int64_t head = i / plan.blocks, j = i % plan.blocks * kKeys;
+    T* to = values + plan.packed + head * plan.head_size + j * plan.width;
+    read_values(p, head / p.hk, head % p.hk, j, std::min(kKeys, p.sk - j), plan.width, to);
+  });
+
   const auto locate_all = [](const Item& it, Unit (&unit)[kTileUnits]) {
     for (int64_t u = 0; u < (it.rows + kUnit - 1) / kUnit; ++u) unit[u] = locate(it, u);
   };
-  Buffer partial(splits > 1 ? items * splits * size * sizeof(float) : 0);
-  std::unique_ptr<State[]> states(splits > 1 ? new State[items * splits] : nullptr);
-  parallel(items * splits, [&](int64_t i) {
-    const Item it = item(i / splits);
+  const int64_t size = plans.front().size;  // alike in all: one dv
+  Buffer partial(partial_size * size * sizeof(float));
+  std::unique_ptr<State[]> states(partial_size ? new State[partial_size] : nullptr);
+  parallel(pieces.back(), [&](int64_t piece) {
+    const int64_t n = problem_of(pieces, piece), i = piece - pieces[n];
+    const Plan& plan = plans[n];
+    const Item it = plan.item(i / plan.splits, values);
+    const int64_t sk = plan.p->sk;
     Unit unit[kTileUnits];
     locate_all(it, unit);
-    if (splits > 1) {
-      State& state = states[i];
-      state.o = static_cast<float*>(partial.data()) + i * size;
-      attend<T>(it, unit, i % splits * step, std::min(p.sk, (i % splits + 1) * step), state);
+    if (plan.splits > 1) {
+      State& state = states[plan.partial + i];
+      state.o = static_cast<float*>(partial.data()) + (plan.partial + i) * size;
+      attend<T>(it, unit, i % plan.splits * plan.step, std::min(sk, (i % plan.splits + 1) * plan.step), state);
     } else {
       State state;
       state.o = static_cast<float*>(scratch<Sums>(size * sizeof(float)));
-      attend<T>(it, unit, 0, p.sk, state);
+      attend<T>(it, unit, 0, sk, state);
       finish<T>(it, unit, state);
     }
   });
-  if (splits > 1)
-    parallel(items, [&](int64_t i) {
-      const Item it = item(i);
-      Unit unit[kTileUnits];
-      locate_all(it, unit);
-      State& sum = states[i * splits];
-      for (int64_t j = 1; j < splits; ++j) merge(sum, states[i * splits + j], (it.rows + kUnit - 1) / kUnit, p.dv);
-      finish<T>(it, unit, sum);
-    });
+  parallel(merged.back(), [&](int64_t piece) {
+    const int64_t n = problem_of(merged, piece), i = piece - merged[n];
+    const Plan& plan = plans[n];
+    const Item it = plan.item(i, values);
+    Unit unit[kTileUnits];
+    locate_all(it, unit);
+    State* state = &states[plan.partial + i * plan.splits];
+    for (int64_t j = 1; j < plan.splits; ++j) merge(*state, state[j], (it.rows + kUnit - 1) / kUnit, plan.p->dv);
+    finish<T>(it, unit, *state);
+  });
 }
 
 }  // namespace
 
-void run_attention(const Attention& p) {
-  if (p.hq / p.hk * p.sq <= kDecodeRows)
-    run_decode(p);
-  else if (p.dtype == Dtype::f32)
-    attention<float>(p);
+void run_attention(const Attention* list, int64_t problems) {
+  // A batch may hold prompts and single steps.
+  std::vector<Attention> few, many;
+  for (int64_t i = 0; i < problems; ++i)
+    (list[i].hq / list[i].hk * list[i].sq <= kDecodeRows ? few : many).push_back(list[i]);
+  if (!few.empty()) run_decode(few.data(), few.size());
+  if (many.empty()) return;
+  if (list->dtype == Dtype::f32)
+    attention<float>(many.data(), many.size());
   else
-    attention<bf16>(p);
+    attention<bf16>(many.data(), many.size());
 }
 
 }  // namespace ascend_cpu

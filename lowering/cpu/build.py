@@ -16,7 +16,9 @@ _FLAGS = (*native.FLAGS, "-fopenmp", "-fno-math-errno")
 # The kernels carry their own instruction set and are entered only after asking the processor: the host's is moot.
 _X86_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma")
 _NEEDS_X86 = frozenset({"linear.cpp", "attention.cpp", "decode.cpp", "moe.cpp"})
-_NEEDS_TORCH = frozenset({"ops.cpp", "attention_ops.cpp", "moe_ops.cpp"})
+_NEEDS_TORCH = frozenset(
+    {"ops.cpp", "attention_ops.cpp", "attention_portable.cpp", "kv_write_ops.cpp", "moe_ops.cpp", "paged_ops.cpp"}
+)
 
 
 def cache_dir() -> Path:

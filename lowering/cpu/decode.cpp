@@ -1,9 +1,11 @@
-// Attention of a few rows a key head (a decode step): keys and values are streamed once, at memory speed.
+// Attention of a few rows a key head (a decode step): keys and values are streamed once, at memory speed, and widened
+// in registers where they are stored in fewer bits. A call holds several problems, one for each sequence in pages.
 //
 // Scores are kept as [key][4 rows], so that a vector is 4 keys of 4 rows; more rows are done in groups of 4 while the
 // keys are in the cache. Long contexts are split into chunks of keys that several threads share; their results are
 // merged at the end, in the same order for any number of threads.
 #include <atomic>
+#include <vector>
 
 #include "dots.h"
 #include "scores.h"
@@ -33,30 +35,34 @@ __m512 over_keys(__m512 v, F f) {
   return f(v, _mm512_shuffle_f32x4(v, v, 0xb1));
 }
 
-// o[row][d] = sum over words of p[word][row] * v[word][d], for NV vectors of d from d0 on.
-template <class T, int R, int NV>
-void values(const T* v, int64_t stride, const int32_t* p, int64_t count, int64_t left, float* o, int64_t width) {
+// o[row][d] = sum over words of p[word][row] * v[word][d], for NV vectors of d from d0 on; `left` of them are there.
+template <class T, class S, int R, int NV>
+void values(const S* const* v, int64_t d0, const int32_t* p, int64_t count, int64_t left, float* o, int64_t width) {
   __m512 acc[R][NV];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int i = 0; i < NV; ++i) acc[r][i] = _mm512_setzero_ps();
-  const auto part = [&](const T* row, int i) {
-    return load_words(row + i * 16 * kPer<T>, std::clamp<int64_t>(left - i * 16 * kPer<T>, 0, 16 * kPer<T>));
+  const auto part = [&](const S* row, int i) {
+    const int64_t at = i * 16 * kPer<T>;
+    return words_from<T>(row + d0 + at, std::clamp<int64_t>(left - at, 0, 16 * kPer<T>));
   };
   alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t j = 0; j < count; j += kPer<T>, v += kPer<T> * stride, p += kRows) {
+  const Scattered<S> ahead{v};
+  for (int64_t j = 0; j < count; j += kPer<T>, p += kRows) {
+    for (int64_t i = 0; i < kPer<T>; ++i)
+      for (int64_t d = 0; d < NV * 16; d += 64 / sizeof(S)) ahead.prefetch(j + i, d0 + d, d0 + left);
     __m512i x[NV];
     if constexpr (kPer<T> == 1) {
 #pragma GCC unroll 8
-      for (int i = 0; i < NV; ++i) x[i] = part(v, i);
+      for (int i = 0; i < NV; ++i) x[i] = part(v[j], i);
     } else {
       const bool pair = j + 1 < count;
 #pragma GCC unroll 4
       for (int i = 0; i < NV / 2; ++i) {
-        const __m512i a = part(v, i), b = pair ? part(v + stride, i) : _mm512_setzero_si512();
+        const __m512i a = part(v[j], i), b = pair ? part(v[j + 1], i) : _mm512_setzero_si512();
         x[2 * i] = _mm512_permutex2var_epi16(a, low, b);
         x[2 * i + 1] = _mm512_permutex2var_epi16(a, high, b);
       }
@@ -75,21 +81,33 @@ void values(const T* v, int64_t stride, const int32_t* p, int64_t count, int64_t
       if (16 * i < left) _mm512_storeu_ps(o + r * width + 16 * i, acc[r][i]);
 }
 
-template <class T, int R>
-void all_values(const T* v, int64_t stride, const int32_t* p, int64_t count, int64_t dv, float* o, int64_t width) {
+template <class T, class S, int R>
+void all_values(const S* const* v, const int32_t* p, int64_t count, int64_t dv, float* o, int64_t width) {
   constexpr int NV = R <= 2 ? 8 : 4;
-  for (int64_t d = 0; d < dv; d += 16 * NV) values<T, R, NV>(v + d, stride, p, count, dv - d, o + d, width);
+  for (int64_t d = 0; d < dv; d += 16 * NV) values<T, S, R, NV>(v, d, p, count, dv - d, o + d, width);
 }
 
-template <class T>
-using AllValues = void (*)(const T*, int64_t, const int32_t*, int64_t, int64_t, float*, int64_t);
-template <class T>
-constexpr AllValues<T> kAllValues[kRows] = {all_values<T, 1>, all_values<T, 2>, all_values<T, 3>, all_values<T, 4>};
+template <class S>
+using AllValues = void (*)(const S* const*, const int32_t*, int64_t, int64_t, float*, int64_t);
+template <class T, class S>
+constexpr AllValues<S> kAllValues[kRows] = {all_values<T, S, 1>, all_values<T, S, 2>, all_values<T, S, 3>,
+                                            all_values<T, S, 4>};
+
+template <class T, class S, int M>
+void all_dots(const S* const* k, int64_t elements, const T* x, int64_t rows, float* out, bool more) {
+  dot_rows_of<T, S, M>(Scattered<S>{k}, elements, x, rows, out, more);
+}
+
+template <class T, class S>
+using AllDots = void (*)(const S* const*, int64_t, const T*, int64_t, float*, bool);
+template <class T, class S>
+constexpr AllDots<T, S> kAllDots[kRows] = {all_dots<T, S, 1>, all_dots<T, S, 2>, all_dots<T, S, 3>, all_dots<T, S, 4>};
 
 // Scores become weights: scaled, capped, biased, masked, their maximum taken off, exponentiated; then words along the
-// keys, [word][row]. s and p have room for 16 keys more than count.
+// keys, [word][row]. s and p have room for 16 keys more than count. Quantised keys and values come with their scales.
 template <class T>
-Partial softmax(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_t count, float* s, int32_t* words) {
+Partial softmax(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_t count, float* s, int32_t* words,
+                const float* k_scale, const float* v_scale) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i key_of = _mm512_srli_epi32(lane, 2), row_of = _mm512_and_si512(lane, _mm512_set1_epi32(3));
   alignas(64) int32_t upto[16], after[16];
@@ -104,6 +122,9 @@ Partial softmax(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_
   const __m512i at = _mm512_add_epi32(_mm512_slli_epi32(row_of, 4), key_of);
   const __m512 hidden = _mm512_set1_ps(-kInf);
   const bool biased = p.bias || p.mask;
+  const auto scaled = [&](__m512 v, const float* by) {
+    return by ? _mm512_mul_ps(v, _mm512_permutexvar_ps(key_of, _mm512_castps128_ps512(_mm_loadu_ps(by)))) : v;
+  };
   __m512 top = hidden;
   for (int64_t j = 0; j < count; j += 16) {
     alignas(64) float bias[kRows * 16];
@@ -113,7 +134,8 @@ Partial softmax(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_
                                                  : row_bias(p, rows[r].bias, rows[r].mask, j0 + j, mask16(count - j)));
     for (int t = 0; t < 4; ++t) {
       float* here = s + (j + 4 * t) * kRows;
-      __m512 v = _mm512_mul_ps(_mm512_load_ps(here), _mm512_set1_ps(p.softcap > 0 ? p.scale : p.scale * kLog2e));
+      __m512 v = scaled(_mm512_load_ps(here), k_scale ? k_scale + j + 4 * t : nullptr);
+      v = _mm512_mul_ps(v, _mm512_set1_ps(p.softcap > 0 ? p.scale : p.scale * kLog2e));
       if (p.softcap > 0) v = _mm512_mul_ps(cap_score(v, p.softcap), _mm512_set1_ps(kLog2e));
       const __m512i key = _mm512_add_epi32(key_of, _mm512_set1_epi32(static_cast<int32_t>(j) + 4 * t));
       __mmask16 seen = _mm512_cmple_epi32_mask(key, last) & _mm512_cmpgt_epi32_mask(key, first);
@@ -131,8 +153,9 @@ Partial softmax(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_
   const __m512 base = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, hidden, _CMP_EQ_OQ), _mm512_setzero_ps());
   __m512 total = _mm512_setzero_ps();
   for (int64_t j = 0; j < count; j += 4) {
-    const __m512 e = exp2_ps(_mm512_sub_ps(_mm512_load_ps(s + j * kRows), base));
+    __m512 e = exp2_ps(_mm512_sub_ps(_mm512_load_ps(s + j * kRows), base));
     total = _mm512_add_ps(total, e);
+    e = scaled(e, v_scale ? v_scale + j : nullptr);
     if constexpr (kPer<T> == 1) {
       _mm512_store_ps(reinterpret_cast<float*>(words) + j * kRows, e);
     } else {
@@ -169,103 +192,168 @@ bool hidden(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_t ke
 struct Queries;
 struct Sums;
 
-// False if it must be done again without `skip`: keys were skipped because of a finite bias, and a row turned out to
-// see no other.
-template <class T>
-bool decode(const Attention& p, bool skip) {
-  const int64_t per_key = p.hq / p.hk, count = per_key * p.sq, heads = p.batch * p.hk;
-  const int64_t groups = (count + kRows - 1) / kRows, each = (count + groups - 1) / groups;  // rows of a group
-  const int64_t chunks = (p.sk + kChunkKeys - 1) / kChunkKeys, width = (p.dv + 15) / 16 * 16;
-  // Of each (head, chunk, group): the weighted sums of its rows, then its Partial.
-  const int64_t size = kRows * width + sizeof(Partial) / sizeof(float);
-  float* sums = static_cast<float*>(scratch<Sums>(heads * chunks * groups * size * sizeof(float)));
+// How the rows and keys of one problem are divided.
+struct Plan {
+  const Attention* p;
+  int64_t count, groups, each, chunks;  // rows of a key head, in groups of at most `each`; pieces of its keys
+  int64_t sums;                         // where its partial results begin, in floats
 
-  const auto row_at = [&](int64_t b, int64_t h, int64_t i) {
-    const int64_t head = h * per_key + i / p.sq, query = i % p.sq, bytes = p.bias_is_float ? 4 : 2;
-    Row row{head, query, query + p.last, query + p.last - p.window, nullptr, nullptr};
-    if (p.bias)
-      row.bias = static_cast<const char*>(p.bias) +
-                 bytes * (b * p.bias_stride[0] + head * p.bias_stride[1] + query * p.bias_stride[2]);
-    if (p.mask) row.mask = p.mask + b * p.mask_stride[0] + head * p.mask_stride[1] + query * p.mask_stride[2];
+  explicit Plan(const Attention& a)
+      : p(&a), count(a.hq / a.hk * a.sq), groups((count + kRows - 1) / kRows), each((count + groups - 1) / groups),
+        chunks((a.sk + kChunkKeys - 1) / kChunkKeys), sums(0) {}
+
+  Row row_at(int64_t b, int64_t h, int64_t i) const {
+    const int64_t head = h * (p->hq / p->hk) + i / p->sq, query = i % p->sq, bytes = p->bias_is_float ? 4 : 2;
+    Row row{head, query, query + p->last, query + p->last - p->window, nullptr, nullptr};
+    if (p->bias)
+      row.bias = static_cast<const char*>(p->bias) +
+                 bytes * (b * p->bias_stride[0] + head * p->bias_stride[1] + query * p->bias_stride[2]);
+    if (p->mask) row.mask = p->mask + b * p->mask_stride[0] + head * p->mask_stride[1] + query * p->mask_stride[2];
     return row;
-  };
+  }
+};
 
-  parallel(heads * chunks, [&](int64_t item) {
-    const int64_t b = item / chunks / p.hk, h = item / chunks % p.hk, j0 = item % chunks * kChunkKeys;
-    const int64_t keys = std::min(kChunkKeys, p.sk - j0);
-    const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + h * p.k_stride[1] + j0 * p.k_stride[2];
-    const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + h * p.v_stride[1] + j0 * p.v_stride[2];
-    T* packed = static_cast<T*>(scratch<Queries>(dots_size<T>(each, p.d) * sizeof(T)));
-    alignas(64) float s[(kChunkKeys + 16) * kRows];
-    alignas(64) int32_t words[(kChunkKeys + 16) * kRows];
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t mine = std::min(each, count - g * each);
-      Row rows[kRows];
-      for (int64_t i = 0; i < kRows; ++i) rows[i] = row_at(b, h, g * each + std::min(i, mine - 1));
-      float* o = sums + (item * groups + g) * size;
-      Partial& partial = *reinterpret_cast<Partial*>(o + kRows * width);
-      if (hidden(p, rows, j0, keys, skip)) {
-        std::fill(o, o + kRows * width, 0.f);
-        std::fill_n(partial.top, kRows, -kInf);
-        std::fill_n(partial.total, kRows, 0.f);
-        continue;
+int64_t width_of(const Attention& p) { return (p.dv + 15) / 16 * 16; }
+
+// One chunk of the keys of one key head: o[group] are the weighted sums of its rows, then its Partial.
+template <class T, class S>
+void attend(const Plan& plan, int64_t b, int64_t h, int64_t chunk, bool skip, float* o, int64_t size) {
+  const Attention& p = *plan.p;
+  const int64_t j0 = std::max(chunk * kChunkKeys, p.table ? p.first() : 0);
+  const int64_t keys = std::max<int64_t>(0, std::min(p.sk, (chunk + 1) * kChunkKeys) - j0), width = width_of(p);
+  const int64_t packed_size = dots_size<T>(plan.each, p.d);
+  T* packed = static_cast<T*>(scratch<Queries>((packed_size + dots_size<T>(plan.each, p.d2)) * sizeof(T)));
+  alignas(64) float s[(kChunkKeys + 16) * kRows];
+  alignas(64) int32_t words[(kChunkKeys + 16) * kRows];
+  alignas(64) float k_scale[kChunkKeys], v_scale[kChunkKeys];
+  const S *k[kChunkKeys + Scattered<S>::kMore], *v[kChunkKeys + Scattered<S>::kMore];
+  const S* k2[kChunkKeys + Scattered<S>::kMore];
+  bool ready = false;
+  for (int64_t g = 0; g < plan.groups; ++g, o += size) {
+    const int64_t mine = std::min(plan.each, plan.count - g * plan.each);
+    Row rows[kRows];
+    for (int64_t i = 0; i < kRows; ++i) rows[i] = plan.row_at(b, h, g * plan.each + std::min(i, mine - 1));
+    Partial& partial = *reinterpret_cast<Partial*>(o + kRows * width);
+    if (hidden(p, rows, j0, keys, skip)) {
+      std::fill(o, o + kRows * width, 0.f);
+      std::fill_n(partial.top, kRows, -kInf);
+      std::fill_n(partial.total, kRows, 0.f);
+      continue;
+    }
+    if (!ready) {
+      // Behind the last row the first of what is read next.
+      const auto locate = [&](const Stored& t, const S** to) { rows_of(p, t, b, h, j0, keys, to); };
+      locate(p.k, k);
+      locate(p.v, v);
+      if (p.d2) locate(p.k2, k2);
+      for (int64_t i = 0; i < Scattered<S>::kMore; ++i) {
+        const int64_t next = std::min(i, keys - 1);
+        k[keys + i] = p.d2 ? k2[next] : v[next];
+        if (p.d2) k2[keys + i] = v[next];
+        v[keys + i] = v[keys - 1];
       }
+      if (p.k.scale) scales_of(p, p.k, h, j0, keys, k_scale);
+      if (p.v.scale) scales_of(p, p.v, h, j0, keys, v_scale);
+      ready = true;
+    }
+    const auto pack = [&](const void* q, const int64_t (&stride)[3], int64_t d, T* to) {
       for (int64_t i = 0; i < mine; ++i)
-        pack_dots(static_cast<const T*>(p.q) + b * p.q_stride[0] + rows[i].head * p.q_stride[1] +
-                      rows[i].query * p.q_stride[2],
-                  i, mine, p.d, packed);
-      kDotRows<T>[mine - 1](k, p.k_stride[2], p.d, packed, keys, s);
-      std::fill(s + keys * kRows, s + (keys + 15) / 16 * 16 * kRows, 0.f);
-      partial = softmax<T>(p, rows, j0, keys, s, words);
-      kAllValues<T>[mine - 1](v, p.v_stride[2], words, keys, p.dv, o, width);
-    }
-  });
-
-  std::atomic<bool> good{true};
-  parallel(heads * count, [&](int64_t item) {
-    const int64_t head = item / count, i = item % count, b = head / p.hk, g = i / each, lane = i % each;
-    const Row row = row_at(b, head % p.hk, i);
-    const auto sum_of = [&](int64_t c) { return sums + ((head * chunks + c) * groups + g) * size; };
-    const auto partial = [&](int64_t c) -> const Partial& {
-      return *reinterpret_cast<const Partial*>(sum_of(c) + kRows * width);
+        pack_dots(static_cast<const T*>(q) + b * stride[0] + rows[i].head * stride[1] + rows[i].query * stride[2], i,
+                  mine, d, to);
     };
-    const float sink = p.sinks ? p.sinks[row.head] * kLog2e : -kInf;
-    float top = sink;
-    for (int64_t c = 0; c < chunks; ++c) top = std::max(top, partial(c).top[lane]);
-    if (skip && p.bias && !(top > -1e36f)) good = false;
-    const float base = top == -kInf ? 0.f : top;
-    __m512 total = exp2_ps(_mm512_set1_ps(sink - base));
-    for (int64_t c = 0; c < chunks; ++c)
-      total = _mm512_fmadd_ps(exp2_ps(_mm512_set1_ps(partial(c).top[lane] - base)),
-                              _mm512_set1_ps(partial(c).total[lane]), total);
-    const __mmask16 empty = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_EQ_OQ);
-    if (empty && p.empty_rows) p.empty_rows[(b * p.hq + row.head) * p.sq + row.query] = true;
-    const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.f), total);
-    T* y = static_cast<T*>(p.y) + b * p.y_stride[0] + row.head * p.y_stride[1] + row.query * p.y_stride[2];
-    for (int64_t d = 0; d < p.dv; d += 16) {
-      __m512 v = _mm512_setzero_ps();
-      for (int64_t c = 0; c < chunks; ++c)
-        v = _mm512_fmadd_ps(exp2_ps(_mm512_set1_ps(partial(c).top[lane] - base)),
-                            _mm512_loadu_ps(sum_of(c) + lane * width + d), v);
-      v = _mm512_mask_mov_ps(_mm512_mul_ps(v, inverse), empty, _mm512_set1_ps(p.empty));
-      store(y + d, v, mask16(p.dv - d));
+    pack(p.q, p.q_stride, p.d, packed);
+    kAllDots<T, S>[mine - 1](k, p.d, packed, keys, s, false);
+    if (p.d2) {
+      pack(p.q2, p.q2_stride, p.d2, packed + packed_size);
+      kAllDots<T, S>[mine - 1](k2, p.d2, packed + packed_size, keys, s, true);
     }
+    std::fill(s + keys * kRows, s + (keys + 15) / 16 * 16 * kRows, 0.f);
+    partial = softmax<T>(p, rows, j0, keys, s, words, p.k.scale ? k_scale : nullptr, p.v.scale ? v_scale : nullptr);
+    kAllValues<T, S>[mine - 1](v, words, keys, p.dv, o, width);
+  }
+}
+
+// Writes row i of a key head from the partial results of its chunks. False if keys were skipped because of a finite
+// bias, and the row turned out to see no other.
+template <class T>
+bool finish(const Plan& plan, int64_t head, int64_t i, bool skip, const float* sums, int64_t size) {
+  const Attention& p = *plan.p;
+  const int64_t b = head / p.hk, g = i / plan.each, lane = i % plan.each, width = width_of(p);
+  const Row row = plan.row_at(b, head % p.hk, i);
+  const auto sum_of = [&](int64_t c) { return sums + ((head * plan.chunks + c) * plan.groups + g) * size; };
+  const auto partial = [&](int64_t c) -> const Partial& {
+    return *reinterpret_cast<const Partial*>(sum_of(c) + kRows * width);
+  };
+  const float sink = p.sinks ? p.sinks[row.head] * kLog2e : -kInf;
+  float top = sink;
+  for (int64_t c = 0; c < plan.chunks; ++c) top = std::max(top, partial(c).top[lane]);
+  const float base = top == -kInf ? 0.f : top;
+  __m512 total = exp2_ps(_mm512_set1_ps(sink - base));
+  for (int64_t c = 0; c < plan.chunks; ++c)
+    total = _mm512_fmadd_ps(exp2_ps(_mm512_set1_ps(partial(c).top[lane] - base)),
+                            _mm512_set1_ps(partial(c).total[lane]), total);
+  const __mmask16 empty = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_EQ_OQ);
+  if (empty && p.empty_rows) p.empty_rows[(b * p.hq + row.head) * p.sq + row.query] = true;
+  const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.f), total);
+  T* y = static_cast<T*>(p.y) + b * p.y_stride[0] + row.head * p.y_stride[1] + row.query * p.y_stride[2];
+  for (int64_t d = 0; d < p.dv; d += 16) {
+    __m512 v = _mm512_setzero_ps();
+    for (int64_t c = 0; c < plan.chunks; ++c)
+      v = _mm512_fmadd_ps(exp2_ps(_mm512_set1_ps(partial(c).top[lane] - base)),
+                          _mm512_loadu_ps(sum_of(c) + lane * width + d), v);
+    v = _mm512_mask_mov_ps(_mm512_mul_ps(v, inverse), empty, _mm512_set1_ps(p.empty));
+    store(y + d, v, mask16(p.dv - d));
+  }
+  return !(skip && p.bias && !(top > -1e36f));
+}
+
+// False if it must be done again without `skip`.
+template <class T, class S>
+bool decode(const Attention* list, int64_t problems, bool skip) {
+  std::vector<Plan> plans;
+  std::vector<int64_t> pieces{0}, rows{0};
+  int64_t floats = 0;
+  const int64_t size = kRows * width_of(*list) + sizeof(Partial) / sizeof(float);
+  for (int64_t i = 0; i < problems; ++i) {
+    Plan plan(list[i]);
+    const int64_t heads = list[i].batch * list[i].hk;
+    plan.sums = floats;
+    floats += heads * plan.chunks * plan.groups * size;
+    pieces.push_back(pieces.back() + heads * plan.chunks);
+    rows.push_back(rows.back() + heads * plan.count);
+    plans.push_back(plan);
+  }
+  float* sums = static_cast<float*>(scratch<Sums>(floats * sizeof(float)));
+  parallel(pieces.back(), [&](int64_t piece) {
+    const int64_t i = problem_of(pieces, piece), item = piece - pieces[i];
+    const Plan& plan = plans[i];
+    const int64_t head = item / plan.chunks, hk = plan.p->hk;
+    attend<T, S>(plan, head / hk, head % hk, item % plan.chunks, skip, sums + plan.sums + item * plan.groups * size,
+                 size);
+  });
+  std::atomic<bool> good{true};
+  parallel(rows.back(), [&](int64_t row) {
+    const int64_t i = problem_of(rows, row), item = row - rows[i];
+    const Plan& plan = plans[i];
+    if (!finish<T>(plan, item / plan.count, item % plan.count, skip, sums + plan.sums, size)) good = false;
   });
   return good;
 }
 
 template <class T>
-void decode(const Attention& p) {
-  if (!decode<T>(p, p.bias != nullptr)) decode<T>(p, false);
+void decode(const Attention* list, int64_t problems) {
+  with_stored<T>(list->stored, [&]<class S>(const S*) {
+    if (!decode<T, S>(list, problems, list->bias != nullptr)) decode<T, S>(list, problems, false);
+  });
 }
 
 }  // namespace
 
-void run_decode(const Attention& p) {
-  if (p.dtype == Dtype::f32)
-    decode<float>(p);
+void run_decode(const Attention* list, int64_t problems) {
+  if (list->dtype == Dtype::f32)
+    decode<float>(list, problems);
   else
-    decode<bf16>(p);
+    decode<bf16>(list, problems);
 }
 
 }  // namespace ascend_cpu

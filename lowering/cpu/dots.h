@@ -1,6 +1,7 @@
 // Dot products of many rows, streamed once from memory, with up to four packed ones.
 #pragma once
 
+#include "rows.h"
 #include "tile.h"
 
 namespace ascend_cpu {
@@ -19,13 +20,37 @@ inline __m128 sum_lanes(const __m512 (&v)[4]) {
   return _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1));
 }
 
+// Rows one stride apart, and rows wherever they are, of which those some rows on are prefetched: what the processor
+// expects next is seldom there.
+template <class S>
+struct Apart {
+  const S* base;
+  int64_t stride;
+  const S* operator()(int64_t row) const { return base + row * stride; }
+  void prefetch(int64_t, int64_t, int64_t) const {}
+};
+
+template <class S>
+struct Scattered {
+  const S* const* at;
+  const S* operator()(int64_t row) const { return at[row]; }
+  static constexpr int64_t kAhead = 8;
+  static constexpr int64_t kMore = kAhead + 1;  // rows that `at` has beyond the last
+  void prefetch(int64_t row, int64_t k, int64_t elements) const {
+    if (k < elements) _mm_prefetch(reinterpret_cast<const char*>(at[row + kAhead] + k), _MM_HINT_T0);
+  }
+};
+
 // out[row][i] = dot(w row, x row i), i < 4, with x as [K/16 words][M][16 words], zero beyond K. One weight row at a
 // time: two interleaved streams halve what the memory delivers. U sums per row of x hide the multiplier's latency.
-template <class T, int M>
-void dot_rows(const T* w, int64_t stride, int64_t elements, const T* x, int64_t rows, float* out) {
+// With `more` the products are added to what out holds.
+template <class T, class S, int M, class Rows>
+void dot_rows_of(const Rows& rows_at, int64_t elements, const T* x, int64_t rows, float* out, bool more = false) {
   constexpr int U = M == 1 ? 8 : M == 2 ? 4 : 2;
-  constexpr int64_t step = 16 * kPer<T>;
-  for (int64_t row = 0; row < rows; ++row, w += stride) {
+  constexpr int64_t step = 16 * kPer<T>, line = 64 / sizeof(S);
+  for (int64_t row = 0; row < rows; ++row) {
+    const S* w = rows_at(row);
+    for (int64_t k = 0; k < elements; k += line) rows_at.prefetch(row, k, elements);
     __m512 acc[M][U];
 #pragma GCC unroll 3
     for (int i = 0; i < M; ++i)
@@ -35,14 +60,14 @@ void dot_rows(const T* w, int64_t stride, int64_t elements, const T* x, int64_t 
     for (; k + step * U <= elements; k += step * U) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
-        const __m512i a = load_words(w + k + step * u);
+        const __m512i a = words_from<T>(w + k + step * u);
 #pragma GCC unroll 3
         for (int i = 0; i < M; ++i)
           acc[i][u] = multiply_add<T>(acc[i][u], a, load_words(x + (k + step * u) * M + step * i));
       }
     }
     for (; k < elements; k += step) {
-      const __m512i a = load_words(w + k, elements - k);
+      const __m512i a = words_from<T>(w + k, elements - k);
 #pragma GCC unroll 3
       for (int i = 0; i < M; ++i) acc[i][0] = multiply_add<T>(acc[i][0], a, load_words(x + k * M + step * i));
     }
@@ -54,8 +79,15 @@ void dot_rows(const T* w, int64_t stride, int64_t elements, const T* x, int64_t 
 #pragma GCC unroll 8
         for (int u = 1; u < U; ++u) sums[i] = _mm512_add_ps(sums[i], acc[i < M ? i : 0][u]);
     }
-    _mm_storeu_ps(out + row * kDotLanes, sum_lanes(sums));
+    float* to = out + row * kDotLanes;
+    const __m128 sum = sum_lanes(sums);
+    _mm_storeu_ps(to, more ? _mm_add_ps(sum, _mm_loadu_ps(to)) : sum);
   }
+}
+
+template <class T, int M>
+void dot_rows(const T* w, int64_t stride, int64_t elements, const T* x, int64_t rows, float* out) {
+  dot_rows_of<T, T, M>(Apart<T>{w, stride}, elements, x, rows, out);
 }
 
 template <class T>

@@ -14,6 +14,11 @@ that follows is a view.
 ``moe_gate`` and ``moe_experts`` are the dialect's operators of those names, from the plain weights [E, 2I, H] and
 [E, H, I]; the router takes no float64, and orders its choice also where that is left open.
 
+``kv_write``, ``mla_kv_write``, ``paged_attention`` and ``mla_attention`` are the dialect's operators of those names. The
+caches may have any strides, but neighbours along their last axis must be 1 apart for the kernels to read them. float16
+and int8 caches are widened in registers. Decode steps give the same bits as ``flash_attention`` of the same tokens, and
+every result is the same for any number of threads. Pages that lie before the window of all queries are not read.
+
 The ``*_portable`` twins never enter our kernels; tests compare with them.
 """
 
@@ -48,6 +53,14 @@ def _experts_fake(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
+def _paged_fake(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[-1]))
+
+
+def _write_fake(*_: Any, **__: Any) -> None:
+    return None
+
+
 def _gate_fake(
     logits: torch.Tensor, bias: torch.Tensor | None, *, top_k: int, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +76,10 @@ def load() -> None:
         torch.library.register_fake(f"ascend_cpu::linear{suffix}", _linear_fake)
         torch.library.register_fake(f"ascend_cpu::flash_attention{suffix}", _attention_fake)
         torch.library.register_fake(f"ascend_cpu::moe_experts{suffix}", _experts_fake)
+        torch.library.register_fake(f"ascend_cpu::paged_attention{suffix}", _paged_fake)
+        torch.library.register_fake(f"ascend_cpu::mla_attention{suffix}", _experts_fake)
+    for name in ("kv_write", "mla_kv_write"):
+        torch.library.register_fake(f"ascend_cpu::{name}", _write_fake)
     torch.library.register_fake("ascend_cpu::moe_gate", _gate_fake)
 
 

@@ -43,8 +43,8 @@ inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
 }
 
 // out[r][lane] = dot(rows[r], x row of the lane), for MV units of packed x. Rows `ahead` elements on are
-// prefetched; out is [kTileRows][kTileUnits][kUnit].
-template <class T, int MV>
+// prefetched; out is [kTileRows][kTileUnits][kUnit], and with More the products are added to what it holds.
+template <class T, int MV, bool More = false>
 void tile(const T* const* rows, const T* xp, int64_t unit_stride, int64_t k, int64_t ahead, float* out) {
   __m512 acc[kTileRows][MV];
   const T *w0 = rows[0], *w1 = rows[1], *w2 = rows[2], *w3 = rows[3], *w4 = rows[4], *w5 = rows[5], *w6 = rows[6],
@@ -63,7 +63,7 @@ void tile(const T* const* rows, const T* xp, int64_t unit_stride, int64_t k, int
   };
   for (int64_t i = 0, end; i == 0 || i < k; i = end) {
     end = kPer<T> == 1 ? std::min(k, i + kChunk) : k;
-    const bool first = i == 0;
+    const bool first = i == 0 && !More;
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -91,6 +91,8 @@ template <class T>
 using Tile = void (*)(const T* const*, const T*, int64_t, int64_t, int64_t, float*);
 template <class T>
 constexpr Tile<T> kTiles[kTileUnits] = {tile<T, 1>, tile<T, 2>, tile<T, 3>};
+template <class T>
+constexpr Tile<T> kMoreTiles[kTileUnits] = {tile<T, 1, true>, tile<T, 2, true>, tile<T, 3, true>};
 
 // Elements of one packed unit of rows of k elements.
 template <class T>
