@@ -27,6 +27,9 @@ from ascend_dynamo.passes.pipeline import Pipeline
 from ascend_dynamo.regions import mark as mark_regions
 from ascend_dynamo.report.dump import dump_record
 from ascend_dynamo.report.records import CompileRecord, Quarantined
+from ascend_dynamo.runtime.arena import Arenas, GraphArena
+from ascend_dynamo.runtime.arena_key import shape_key
+from ascend_dynamo.runtime.arena_stats import ArenaStats, Recording
 from ascend_dynamo.targets import load_lowering
 
 log = logging.getLogger("ascend_dynamo.backend")
@@ -46,7 +49,12 @@ class Backend:
     """
 
     def __init__(
-        self, options: Mapping[str, Any] | None = None, *, texts: bool = False, once: Once | None = None
+        self,
+        options: Mapping[str, Any] | None = None,
+        *,
+        texts: bool = False,
+        once: Once | None = None,
+        arenas: Arenas | None = None,
     ) -> None:
         compat.check_torch_version()
         setup()
@@ -56,6 +64,7 @@ class Backend:
         self._given = dict(options or {})
         self._index = itertools.count()
         self._once = once or Once()
+        self._arenas = arenas or Arenas()
         Options.resolve(None, self._given)
 
     def __call__(
@@ -83,6 +92,10 @@ class Backend:
         if resolved.dump:
             dump_record(record, resolved.dump)
         return compiled
+
+    def memory(self) -> ArenaStats:
+        """The arenas in which this backend's graphs keep their intermediates: sizes, and how calls made use of them."""
+        return self._arenas.stats()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
         """Itself: configurations that name a backend are copied (``generate`` does), what it recorded is not."""
@@ -112,7 +125,7 @@ class Backend:
         texts = self.texts or bool(options.dump)
         pipeline = Pipeline(registry, lowering, options, explain=texts)
         try:
-            return _Compilation(pipeline, record, texts).run(gm, example_inputs)
+            return _Compilation(pipeline, record, texts, self._arenas).run(gm, example_inputs)
         except (OptionError, ExpectError):
             raise
         except Exception as error:
@@ -137,6 +150,7 @@ class _Compilation:
     pipeline: Pipeline
     record: CompileRecord
     texts: bool
+    arenas: Arenas
 
     def run(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
@@ -162,7 +176,25 @@ class _Compilation:
         start = time.perf_counter()
         artifact = self.pipeline.lowering.compile(unit)
         record.seconds["compile"] = time.perf_counter() - start
-        return self._limited(unit, artifact.bind(strict=self.pipeline.options.strict), artifact)
+        arena = self._arena(unit) if getattr(artifact, "host_memory", False) else None
+        more = {} if arena is None else {"arena": arena}
+        return self._limited(unit, artifact.bind(strict=self.pipeline.options.strict, **more), artifact)
+
+    def _arena(self, unit: GraphUnit) -> GraphArena | None:
+        """Where this graph's intermediates live, or None: on the heap."""
+        how, record = self.pipeline.options.arena, self.record
+        if how == "off":
+            return None
+        if self.arenas.reason:
+            record.notes.append(f"intermediates live on the heap, not in an arena: {self.arenas.reason}")
+            return None
+
+        def recorded(recording: Recording) -> None:
+            if record.memory is not None and record.memory.recorded is None:
+                record.memory.recorded = recording.peak()
+
+        key = shape_key([n.meta["val"] for n in unit.gm.graph.find_nodes(op="placeholder")])
+        return self.arenas.graph(record.index, key, poison=how == "poison", recorded=recorded)
 
     def _limited(
         self, unit: GraphUnit, run: Callable[[list[Any]], list[Any]], artifact: CompiledArtifact
@@ -209,7 +241,9 @@ def _same_kind(value: Any, example: Any) -> bool:
     return plain and isinstance(value, torch.Tensor) and value.dtype == example.dtype and value.ndim == example.ndim
 
 
-_said = Once()  # the backend by name is one backend, although each graph makes an object of its own
+# The backend by name is one backend, although each graph makes an object of its own.
+_said = Once()
+_arenas = Arenas()
 
 
 def ascend_opt(
@@ -220,4 +254,4 @@ def ascend_opt(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """The backend by name, ``torch.compile(model, backend="ascend_opt")``; see ``Backend``."""
-    return Backend(once=_said)(gm, example_inputs, mode=mode, options=options)
+    return Backend(once=_said, arenas=_arenas)(gm, example_inputs, mode=mode, options=options)

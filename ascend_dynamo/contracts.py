@@ -228,7 +228,11 @@ class CacheKey:
 
 
 class CompiledArtifact(Protocol):
-    """A compiled graph without weights."""
+    """A compiled graph without weights.
+
+    Where it has an attribute ``host_memory`` that is true, ``bind`` also takes ``arena``, a ``GraphArena`` (see
+    ``runtime/arena.py``) or None, and lets the graph's intermediates live there.
+    """
 
     def bind(self, *, strict: bool = False) -> Callable[[list[Any]], list[Any]]:
         """A boxed callable over all graph inputs. Derived weights are made at the first call; ``strict`` also looks

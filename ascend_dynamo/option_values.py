@@ -14,6 +14,7 @@ from ascend_dynamo.errors import MemoryPlanError, OptionError
 from ascend_dynamo.memory.units import parse_bytes
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+ARENAS = ("on", "off", "poison")
 TARGETS = ("auto", "cpu", "npu", "reference")
 LOWERINGS = "ascend_dynamo.lowerings"  # the entry point group that adds targets
 
@@ -63,6 +64,11 @@ def read_target(name: str, value: Any) -> str:
 
 def read_mode(name: str, value: Any) -> str | None:
     return None if value is None else choice(MODES)(name, value)
+
+
+def read_arena(name: str, value: Any) -> str:
+    """True and False are words for on and off."""
+    return choice(ARENAS)(name, {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
 
 
 def read_level(name: str, value: Any) -> Level:

@@ -20,6 +20,7 @@ from ascend_dynamo.option_values import (
     Frozen,
     illegal,
     nearest,
+    read_arena,
     read_bool,
     read_cache,
     read_dump,
@@ -121,6 +122,15 @@ class Options:
         default=None,
         metadata=_about(read_dump, "None, directory", "Write the texts and the report of every graph there."),
     )
+    arena: str = field(
+        default="on",
+        metadata=_about(
+            read_arena,
+            "on, off, poison",
+            "Whether intermediates live in a planned arena, where the target has one. poison: fill what is handed out"
+            " and what is freed with NaN, to find reads of memory that nobody wrote.",
+        ),
+    )
     memory_limit: int | None = field(
         default=None,
         metadata=_about(
@@ -186,14 +196,15 @@ class Options:
     def digest(self) -> str:
         """Hex digest of everything that can change what is compiled, or what compiling must complain about.
 
-        ``cache`` and ``dump`` only say where to write, ``memory_limit`` is checked call by call. Plugins enter by name: the registry's digest, another
-        component of the cache key, covers their sources.
+        ``cache`` and ``dump`` only say where to write, ``arena`` where intermediates lie; ``memory_limit`` is checked
+        call by call. Plugins enter by name: the registry's digest, another component of the cache key, covers their
+        sources.
         """
         body = {f.name: _canonical(getattr(self, f.name)) for f in fields(self) if f.name not in _NOT_COMPILED}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-_NOT_COMPILED = ("cache", "dump", "memory_limit")
+_NOT_COMPILED = ("arena", "cache", "dump", "memory_limit")
 
 
 def _canonical(value: Any) -> Any:
@@ -240,7 +251,7 @@ def _from_environment(environ: Mapping[str, str]) -> Iterable[tuple[str, Any]]:
 def _read_text(name: str, text: str) -> Any:
     """The value that a variable's text spells, checked."""
     value: Any = text
-    if name in ("strict", "validate", "cache"):
+    if name in ("strict", "validate", "cache", "arena"):
         value = _WORDS.get(text.lower(), text)
     elif name == "patterns":
         value = [part.strip() for part in text.split(",") if part.strip()]

@@ -103,7 +103,7 @@ def test_any_unknown_name_is_an_option_error(name: str) -> None:
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(OptionError, match='no option "levle"; did you mean "level"'):
         resolve(levle=2)
-    with pytest.raises(OptionError, match="known are cache, dump"):
+    with pytest.raises(OptionError, match="known are arena, cache, dump"):
         resolve(qqqqq=2)
     with pytest.raises(OptionError, match='no option "stict"; did you mean "strict"'):
         Options().replace(stict=True)
@@ -228,6 +228,15 @@ def test_options_are_immutable_values() -> None:
         options.replace(level=9)
 
 
+def test_arena_is_a_word_or_a_truth_value() -> None:
+    assert [resolve(arena=v).arena for v in (True, False, "on", "poison")] == ["on", "off", "on", "poison"]
+    assert [resolve({"ASCEND_DYNAMO_ARENA": v}).arena for v in ("0", "on", "poison")] == ["off", "on", "poison"]
+    with pytest.raises(OptionError, match="'poisson'.*did you mean \"poison\""):
+        resolve(arena="poisson")
+    with pytest.raises(OptionError, match="'on', 'off', 'poison'"):
+        resolve(arena=1)
+
+
 CHANGES: dict[str, Any] = {
     "target": "cpu",
     "level": 1,
@@ -244,8 +253,8 @@ CHANGES: dict[str, Any] = {
 def test_digest_sees_every_option_that_matters_and_no_other() -> None:
     digests = {name: resolve(**{name: value}).digest() for name, value in CHANGES.items()}
     assert len({*digests.values(), Options().digest()}) == len(CHANGES) + 1
-    assert resolve(cache=False, dump="d", memory_limit="8GB").digest() == Options().digest()
-    assert {*CHANGES, "cache", "dump", "memory_limit"} == {f.name for f in fields(Options)}
+    assert resolve(arena="off", cache=False, dump="d", memory_limit="8GB").digest() == Options().digest()
+    assert {*CHANGES, "arena", "cache", "dump", "memory_limit"} == {f.name for f in fields(Options)}
     assert resolve(patterns={"a": True, "b": False}).digest() == resolve(patterns={"b": False, "a": True}).digest()
 
 

@@ -30,8 +30,9 @@ struct Counts {
 
 // One graph at one shape.
 struct Entry {
-  explicit Entry(std::shared_ptr<Group> g) : group(std::move(g)) {}
+  Entry(std::shared_ptr<Group> g, bool p) : group(std::move(g)), poison(p) {}
   const std::shared_ptr<Group> group;
+  const bool poison;
   std::mutex lock;
   State state = State::kNew;
   std::shared_ptr<Recording> recording;
@@ -238,7 +239,7 @@ void finish(Frame& frame, bool good) {
 int enter(const std::shared_ptr<Entry>& entry) {
   auto frame = std::make_unique<Frame>();
   frame->entry = entry;
-  frame->poison = entry->group->poison;
+  frame->poison = entry->poison;
   if (c10::GetCPUAllocator() == ours()) {
     std::lock_guard<std::mutex> guard(entry->lock);
     if (entry->state == State::kRecorded) return 1;
@@ -249,7 +250,7 @@ int enter(const std::shared_ptr<Entry>& entry) {
       entry->state = State::kRecording;
     } else if (entry->state == State::kPlanned) {
       frame->plan = entry->plan;
-      frame->instance = entry->group->lease(frame->plan);
+      frame->instance = entry->group->lease(frame->plan, entry->poison);
       frame->mode = frame->instance != nullptr ? Mode::kReplay : Mode::kHeap;
       entry->counts.unleased += frame->instance == nullptr;
     }
@@ -284,8 +285,8 @@ ARENA_API int arena_holds(const void* p) { return arena::Reservation::get()->hol
 
 ARENA_API uint64_t arena_slot_bytes() { return arena::Reservation::get()->slot_bytes(); }
 
-ARENA_API std::shared_ptr<Group>* arena_group(int poison) {
-  return new std::shared_ptr<Group>(std::make_shared<Group>(poison != 0));
+ARENA_API std::shared_ptr<Group>* arena_group() {
+  return new std::shared_ptr<Group>(std::make_shared<Group>());
 }
 ARENA_API void arena_group_close(std::shared_ptr<Group>* group) { delete group; }
 ARENA_API uint64_t arena_trim(std::shared_ptr<Group>* group) { return (*group)->trim(); }
@@ -293,8 +294,8 @@ ARENA_API void arena_group_stats(std::shared_ptr<Group>* group, uint64_t* out) {
   (*group)->measure(out, out + 1, out + 2);
 }
 
-ARENA_API std::shared_ptr<Entry>* arena_entry(std::shared_ptr<Group>* group) {
-  return new std::shared_ptr<Entry>(std::make_shared<Entry>(*group));
+ARENA_API std::shared_ptr<Entry>* arena_entry(std::shared_ptr<Group>* group, int poison) {
+  return new std::shared_ptr<Entry>(std::make_shared<Entry>(*group, poison != 0));
 }
 ARENA_API void arena_entry_close(std::shared_ptr<Entry>* entry) { delete entry; }
 

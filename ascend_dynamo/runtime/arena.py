@@ -41,57 +41,95 @@ class Arenas:
     """The arenas of one backend.
 
     Args:
-        poison: fill every block with NaN when it is handed out and with another NaN when it is freed (integers: -1 and
-            0x7FFE...), on the heap too, so that reading memory that nobody wrote shows in the result.
         shapes: how many shapes of one graph are remembered.
     """
 
-    def __init__(self, *, poison: bool = False, shapes: int = SHAPES) -> None:
-        self.poison, self.capacity = poison, shapes
+    def __init__(self, *, shapes: int = SHAPES) -> None:
+        self.capacity = shapes
         self.graphs: list[weakref.ref[GraphArena]] = []
-        self._native = install()
-        if isinstance(self._native, Native):
-            self.handle = self._native.group(int(poison))
-            weakref.finalize(self, self._native.group_close, self.handle).atexit = False
+        self._lock = threading.Lock()
+        self._installed: Native | str | None = None
+        self.handle: int | None = None
+        _backends.add(self)
+
+    def _ready(self) -> Native | str:
+        """The allocator is installed by the first graph that could use it, not by making a backend."""
+        if self._installed is None:
+            with self._lock:
+                native = install()
+                if isinstance(native, Native) and self.handle is None:
+                    self.handle = native.group()
+                    weakref.finalize(self, native.group_close, self.handle).atexit = False
+                self._installed = native
+        return self._installed
 
     @property
     def reason(self) -> str:
         """Why calls run on the heap after all; "" if they do not."""
-        if isinstance(self._native, str):
-            return self._native
-        return "" if self._native.installed() else "another CPU allocator was installed over ours"
+        native = self._ready()
+        if isinstance(native, str):
+            return native
+        return "" if native.installed() else "another CPU allocator was installed over ours"
 
-    def graph(self, index: int = 0, key: Key | None = None) -> GraphArena:
-        """The arenas of one graph; ``key`` computes, from its inputs, the sizes that tell its shapes apart."""
-        graph = GraphArena(self, index, key)
+    def graph(
+        self,
+        index: int = 0,
+        key: Key | None = None,
+        *,
+        poison: bool = False,
+        recorded: Callable[[Recording], None] | None = None,
+    ) -> GraphArena:
+        """The arenas of one graph.
+
+        Args:
+            index: the graph's number, for ``stats``.
+            key: computes, from its inputs, the sizes that tell its shapes apart; None: there is only one.
+            poison: fill every block with NaN when it is handed out and with another NaN when it is freed (as integers:
+                -1 and 0x7FFE...), so that reading memory that nobody wrote, or that was freed, shows in the result.
+            recorded: told of every recording once it is planned.
+        """
+        graph = GraphArena(self, index, key, poison, recorded)
         self.graphs.append(weakref.ref(graph))
         return graph
 
     @property
     def native(self) -> Native:
-        assert isinstance(self._native, Native), self._native
-        return self._native
+        native = self._ready()
+        assert isinstance(native, Native), native
+        return native
 
     def trim(self) -> int:
         """Give memory that no call holds back to the system, and return its bytes. The next call takes it again."""
-        return int(self.native.trim(self.handle)) if isinstance(self._native, Native) else 0
+        return int(self._installed.trim(self.handle)) if isinstance(self._installed, Native) else 0
 
     def stats(self) -> ArenaStats:
         """What was recorded, planned and replayed so far."""
         out = (ctypes.c_uint64 * 3)()
-        if isinstance(self._native, Native):
-            self._native.group_stats(self.handle, out)
-        alive = [g for g in (ref() for ref in self.graphs) if g is not None]
+        reason = ""
+        if isinstance(self._installed, Native):
+            self._installed.group_stats(self.handle, out)
+            reason = self.reason
+        elif self._installed is not None:
+            reason = self._installed
+        alive = [g for ref in self.graphs if (g := ref()) is not None]
         graphs = tuple(g.stats() for g in alive)
         size = max((s.plan_bytes for g in graphs for s in g.shapes), default=0)
-        return ArenaStats(self.reason, size, int(out[1]), int(out[0]), int(out[2]), graphs)
+        return ArenaStats(reason, size, int(out[1]), int(out[0]), int(out[2]), graphs)
 
 
 class GraphArena:
     """One compiled graph in the arenas of its backend: ``around`` makes its calls run there."""
 
-    def __init__(self, arenas: Arenas, index: int, key: Key | None) -> None:
-        self.arenas, self.index, self._key = arenas, index, key
+    def __init__(
+        self,
+        arenas: Arenas,
+        index: int,
+        key: Key | None,
+        poison: bool,
+        recorded: Callable[[Recording], None] | None,
+    ) -> None:
+        self.arenas, self.index, self.poison, self.recorded = arenas, index, poison, recorded
+        self._key = key
         self._shapes: dict[tuple[int, ...], _Shape] = {}
         self._once: dict[tuple[int, ...], None] = {}  # seen once while the table was full, oldest first
         self._clock = itertools.count()
@@ -130,7 +168,7 @@ class GraphArena:
             return GraphStats(self.index, shapes, self._unknown.stats(()).calls if self._unknown else 0)
 
     def _shape(self, key: tuple[int, ...]) -> _Shape:
-        shape = self._shapes[key] = _Shape(self.arenas)
+        shape = self._shapes[key] = _Shape(self)
         return shape
 
     def _find(self, args: Sequence[Any]) -> _Shape:
@@ -156,7 +194,7 @@ class GraphArena:
         if len(self._once) > self.arenas.capacity:
             del self._once[next(iter(self._once))]
         if self._unknown is None:
-            self._unknown = _Shape(self.arenas)
+            self._unknown = _Shape(self)
             self.arenas.native.off(self._unknown.handle)
         return self._unknown
 
@@ -168,10 +206,10 @@ def _always(shape: _Shape) -> Callable[[Sequence[Any]], _Shape]:
 class _Shape:
     """One graph at one shape: the recording, and the plan. It lives as long as a call holds it."""
 
-    def __init__(self, arenas: Arenas) -> None:
-        self.native, self.used, self.reason = arenas.native, 0, ""
-        self.recording: Recording | None = None
-        self.handle = self.native.entry(arenas.handle)
+    def __init__(self, graph: GraphArena) -> None:
+        self.native, self.used, self.reason = graph.arenas.native, 0, ""
+        self.told = graph.recorded
+        self.handle = self.native.entry(graph.arenas.handle, int(graph.poison))
         weakref.finalize(self, self.native.entry_close, self.handle).atexit = False
 
     def plan(self) -> None:
@@ -188,7 +226,8 @@ class _Shape:
         wrong = self.native.plan(self.handle, len(offsets), array, plan.size)
         if wrong is not None:
             return self._off(f"the plan is not sound: {wrong.decode()}")
-        self.recording = recording
+        if self.told is not None:
+            self.told(recording)
         return None
 
     def _off(self, reason: str) -> None:
@@ -211,6 +250,14 @@ class _Shape:
         recording = self._recorded() if state in ("recorded", "planned") else None
         why = self.reason or ("its allocations differ from call to call" if state == "off" else "")
         return ShapeStats(key, state, *map(int, out[1:]), reason=why, recording=recording)
+
+
+_backends: weakref.WeakSet[Arenas] = weakref.WeakSet()
+
+
+def stats() -> list[ArenaStats]:
+    """The arenas of every backend of this process that is alive."""
+    return [arenas.stats() for arenas in list(_backends)]
 
 
 def holds(tensor: torch.Tensor) -> bool:

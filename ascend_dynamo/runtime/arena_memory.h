@@ -92,12 +92,11 @@ class Reservation {
   Instance& at(const void* p) { return slots_[(reinterpret_cast<uintptr_t>(p) - start_) / slot_]; }
   size_t slot_bytes() const { return slot_; }
 
-  Instance* take(bool poison) {
+  Instance* take() {
     for (Instance& instance : slots_) {
       std::lock_guard<std::mutex> guard(instance.lock);
       if (instance.taken) continue;
       instance.taken = true;
-      instance.poison = poison;
       return &instance;
     }
     return nullptr;
@@ -140,7 +139,7 @@ class Reservation {
 // time, and blocks that outlive their call, need another.
 class Group {
  public:
-  explicit Group(bool poison) : poison(poison) {}
+  Group() = default;
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
@@ -152,15 +151,15 @@ class Group {
     }
   }
 
-  Instance* lease(const std::shared_ptr<const Plan>& plan) {
+  Instance* lease(const std::shared_ptr<const Plan>& plan, bool poison) {
     std::lock_guard<std::mutex> guard(lock_);
     for (Instance* instance : instances_) {
-      if (try_lease(*instance, plan)) return instance;
+      if (try_lease(*instance, plan, poison)) return instance;
     }
-    Instance* fresh = Reservation::get()->take(poison);
+    Instance* fresh = Reservation::get()->take();
     if (fresh == nullptr) return nullptr;
     instances_.push_back(fresh);
-    return try_lease(*fresh, plan) ? fresh : nullptr;
+    return try_lease(*fresh, plan, poison) ? fresh : nullptr;
   }
 
   // Give the memory of all idle instances back to the system; returns how many bytes.
@@ -187,14 +186,13 @@ class Group {
     }
   }
 
-  const bool poison;
-
  private:
-  static bool try_lease(Instance& instance, const std::shared_ptr<const Plan>& plan) {
+  static bool try_lease(Instance& instance, const std::shared_ptr<const Plan>& plan, bool poison) {
     std::lock_guard<std::mutex> guard(instance.lock);
     if (!instance.idle() || !Reservation::get()->commit(instance, plan->bytes)) return false;
     instance.leased = true;
     instance.plan = plan;
+    instance.poison = poison;
     instance.occupant.assign(plan->places.size(), kNobody);
     return true;
   }

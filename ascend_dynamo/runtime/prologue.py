@@ -21,6 +21,7 @@ from ascend_dynamo.ir.facts import PROLOGUE
 from ascend_dynamo.ir.transforms import Transform
 from ascend_dynamo.ir.transforms import transform as find_transform
 from ascend_dynamo.memory.lifetimes import Liveness
+from ascend_dynamo.runtime.arena import GraphArena
 from ascend_dynamo.runtime.weights import merge, why_not_mergeable
 
 log = logging.getLogger("ascend_dynamo.runtime")
@@ -104,7 +105,8 @@ class Bound:
 class Artifact:
     """A compiled graph and the recipe of its prologue; holds no weights until it is bound.
 
-    ``lifetimes`` computes what one run allocates, where the target can tell.
+    ``lifetimes`` computes what one run allocates, where the target can tell; ``host_memory`` says that the run's
+    intermediates come from torch's CPU allocator on the calling thread, so that an arena may serve them.
     """
 
     def __init__(
@@ -112,15 +114,19 @@ class Artifact:
         inner: Callable[[list[Any]], list[Any]],
         unit: GraphUnit,
         lifetimes: Callable[[], Liveness] | None = None,
+        *,
+        host_memory: bool = False,
     ) -> None:
         self.inner = inner
+        self.host_memory = host_memory
         self.lifetimes = lifetimes
         self.recipe = tuple(_recipe(unit))
 
-    def bind(self, *, strict: bool = False) -> Bound:
-        """A boxed callable over all graph inputs. Derived weights are made at the first call that needs them."""
+    def bind(self, *, strict: bool = False, arena: GraphArena | None = None) -> Bound:
+        """A boxed callable over all graph inputs. Derived weights are made at the first call that needs them, outside
+        the ``arena`` that the compiled graph itself runs in."""
         return Bound(
-            self.inner,
+            self.inner if arena is None else arena.around(self.inner),
             [
                 _Merged(indices) if transform.alias else _Copied(indices, transform, strict=strict)
                 for transform, indices in self.recipe

@@ -96,7 +96,7 @@ class CpuLowering:
         inputs = g.gm.graph.find_nodes(op="placeholder")
         static = [i for i, n in enumerate(inputs) if n.name in g.params or PROLOGUE in n.meta]
         compiled = compat.inductor_compile(gm, values, static)
-        return Artifact(compiled, g, lambda: of_inductor(compiled, gm))
+        return Artifact(compiled, g, lambda: of_inductor(compiled, gm), host_memory=True)
 
 
 def _wrong_kind(n: fx.Node, dtypes: tuple[torch.dtype, ...], facts: Facts) -> NoMatch | None:
