@@ -1,4 +1,5 @@
-"""``NPUConfig``: switching fusion on by its familiar names, for ``torch.compile(..., options=config.to_options())``."""
+"""Familiar names for what is here: ``NPUConfig`` (switching fusion on, for ``torch.compile(..., options=
+config.to_options())``) and ``PagedAttention``."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 from ascend_dynamo.errors import OptionError
 from ascend_dynamo.option_values import nearest, read_bool, read_level
 from ascend_dynamo.options import Options
+from ascend_dynamo.runtime.kv.attention import PagedAttention as PagedAttention
 
 _OWN = {"fuse_enable": read_bool, "fuse_level": read_level}
 

@@ -64,6 +64,19 @@ def use_grouped_experts(model: PreTrainedModel) -> bool:
     return True
 
 
+def use_paged_attention(model: PreTrainedModel) -> str:
+    """Let ``model`` run the packed steps of ``PagedRequests``; returns the name of the attention that it had.
+
+    ``model.set_attn_implementation(name)`` gives that back, which ``generate`` needs. docs/kv.md has an example.
+    """
+    from ascend_dynamo.runtime.kv.interface import NAME, register
+
+    register()
+    before: str = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    return before
+
+
 @contextmanager
 def assert_compiled(config: CompileConfig, graphs: int | None = None) -> Iterator[None]:
     """The block must compile: at least one graph, or exactly ``graphs`` (0: everything is warm already).

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ascend_dynamo.runtime.kv.attention import PagedAttention
 from ascend_dynamo.runtime.kv.page_sizes import PageSizes, page_sizes
 from ascend_dynamo.runtime.kv.pool import BlockPool
 from ascend_dynamo.runtime.kv.records import ABSENT, Copy, Opened, PoolStatistics
 
 if TYPE_CHECKING:
+    from ascend_dynamo.runtime.kv.batch import PagedBatch, PagedRequests
     from ascend_dynamo.runtime.kv.cache import CacheStatistics, PagedKVCache
 
 __all__ = [
@@ -21,12 +23,15 @@ __all__ = [
     "Copy",
     "Opened",
     "PageSizes",
+    "PagedAttention",
+    "PagedBatch",
     "PagedKVCache",
+    "PagedRequests",
     "PoolStatistics",
     "page_sizes",
 ]
 
-_LATE = {"PagedKVCache": "cache", "CacheStatistics": "cache"}
+_LATE = {"PagedKVCache": "cache", "CacheStatistics": "cache", "PagedBatch": "batch", "PagedRequests": "batch"}
 
 
 def __getattr__(name: str) -> Any:

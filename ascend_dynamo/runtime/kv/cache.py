@@ -12,11 +12,12 @@ from transformers import Cache
 from ascend_dynamo.contracts import Lowering
 from ascend_dynamo.errors import UnsupportedCacheError
 from ascend_dynamo.runtime.kv.group import PageGroup
-from ascend_dynamo.runtime.kv.layer import Allocate, PagedLayer, zeros
+from ascend_dynamo.runtime.kv.layer import PagedLayer
 from ascend_dynamo.runtime.kv.layer_kinds import LayerKind, layer_kinds
 from ascend_dynamo.runtime.kv.page_sizes import checked_page_size
 from ascend_dynamo.runtime.kv.pool import BlockPool
 from ascend_dynamo.runtime.kv.records import PoolStatistics
+from ascend_dynamo.runtime.kv.store import Allocate, zeros
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,62 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ascend_dynamo.runtime.kv.group import PageGroup
-
-Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Fresh pages. Zeros cost nothing until they are touched: the system gives zeroed memory page by page."""
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
-class PageStore:
-    """Pages of one layer: ``keys`` [pages, size, Hk, D] and ``values`` [pages, size, Hk, Dv].
-
-    With ``quantized`` they are int8, with a float32 scale per token and head in ``k_scale`` and ``v_scale`` [pages,
-    size, Hk], else those are None.
-    """
-
-    def __init__(
-        self,
-        pages: int,
-        size: int,
-        heads: int,
-        widths: tuple[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        quantized: bool = False,
-        allocate: Allocate = zeros,
-    ) -> None:
-        kept = torch.int8 if quantized else dtype
-        self.keys, self.values = (allocate((pages, size, heads, width), kept, device) for width in widths)
-        self.k_scale: Tensor | None = None
-        self.v_scale: Tensor | None = None
-        if quantized:
-            self.k_scale, self.v_scale = (allocate((pages, size, heads), torch.float32, device) for _ in widths)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.keys, self.values, self.k_scale, self.v_scale) if t is not None]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors)
-
-    def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """k [T,Hk,D], v [T,Hk,Dv] to ``slots`` [T] int64; -1 writes nothing."""
-        torch.ops.ascend.kv_write(k, v, self.keys, self.values, slots, k_scale=self.k_scale, v_scale=self.v_scale)
-
-    def gather(self, block_table: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys [B,Hk,length,D] and values of the first ``length`` tokens; zeros where the table is negative."""
-        k = torch.ops.ascend.kv_gather(self.keys, block_table, length, scale=self.k_scale)
-        v = torch.ops.ascend.kv_gather(self.values, block_table, length, scale=self.v_scale)
-        return k.to(dtype), v.to(dtype)
-
-    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
-        for tensor in self.tensors:
-            tensor[targets] = tensor[sources]
+from ascend_dynamo.runtime.kv.store import Allocate, PageStore, zeros
 
 
 class PagedLayer(CacheLayerMixin):

@@ -37,7 +37,7 @@ def layer_kinds(config: Any) -> list[LayerKind]:
     for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedCacheError(
-                f"layer {index} of this {text.model_type} model keeps a {type(layer).__name__}, which does not fit pages"
+                f"layer {index} of this {text.model_type} model keeps a {type(layer).__name__}, which fits no pages"
                 " of keys and values; use transformers' DynamicCache"
             )
         window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
