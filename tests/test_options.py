@@ -231,7 +231,7 @@ def test_options_are_immutable_values() -> None:
 def test_arena_is_a_word_or_a_truth_value() -> None:
     assert [resolve(arena=v).arena for v in (True, False, "on", "poison")] == ["on", "off", "on", "poison"]
     assert [resolve({"ASCEND_DYNAMO_ARENA": v}).arena for v in ("0", "on", "poison")] == ["off", "on", "poison"]
-    with pytest.raises(OptionError, match="'poisson'.*did you mean \"poison\""):
+    with pytest.raises(OptionError, match=r"'poisson'.*did you mean .poison."):
         resolve(arena="poisson")
     with pytest.raises(OptionError, match="'on', 'off', 'poison'"):
         resolve(arena=1)
