@@ -14,10 +14,10 @@ that follows is a view.
 ``moe_gate`` and ``moe_experts`` are the dialect's operators of those names, from the plain weights [E, 2I, H] and
 [E, H, I]; the router takes no float64, and orders its choice also where that is left open.
 
-``kv_write``, ``mla_kv_write``, ``paged_attention`` and ``mla_attention`` are the dialect's operators of those names. The
-caches may have any strides, but neighbours along their last axis must be 1 apart for the kernels to read them. float16
-and int8 caches are widened in registers. Decode steps give the same bits as ``flash_attention`` of the same tokens, and
-every result is the same for any number of threads. Pages that lie before the window of all queries are not read.
+``kv_write``, ``mla_kv_write``, ``paged_attention`` and ``mla_attention`` are the dialect's operators of those names.
+Caches may have any strides, but neighbours along their last axis must be 1 apart for the kernels to read them. float16
+and int8 caches are widened in registers. One decode step gives the same bits as ``flash_attention`` of the same tokens,
+and every result is the same for any number of threads. Pages before the window of all queries are not read.
 
 The ``*_portable`` twins never enter our kernels; tests compare with them.
 """

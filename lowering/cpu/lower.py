@@ -19,7 +19,7 @@ from ascend_dynamo.contracts import Builder, CacheKey, CompiledArtifact, Facts, 
 from ascend_dynamo.dialect import SPECS
 from ascend_dynamo.errors import LoweringError
 from ascend_dynamo.ir.facts import PROLOGUE
-from ascend_dynamo.lowering.cpu import kernels, moe
+from ascend_dynamo.lowering.cpu import kernels, moe, paged
 from ascend_dynamo.lowering.cpu.cost import attention_gain, linear_gain
 from ascend_dynamo.lowering.retrace import retrace
 from ascend_dynamo.memory.predict import of_inductor
@@ -59,6 +59,14 @@ class CpuLowering:
             _ascend.moe_experts.default: _Kernel(
                 moe.experts_supported, moe.experts_gain, moe.lower_experts, (*_DTYPES, torch.float16), anywhere=True
             ),
+            **{
+                op: _Kernel(paged.attention_supported, paged.attention_gain, paged.lower, paged.DTYPES, anywhere=True)
+                for op in (_ascend.paged_attention.default, _ascend.mla_attention.default)
+            },
+            **{
+                op: _Kernel(paged.write_supported, paged.write_gain, paged.lower, paged.CACHES, anywhere=True)
+                for op in (_ascend.kv_write.default, _ascend.mla_kv_write.default)
+            },
             **{op: _Kernel(_epilogue_supported, _no_round_trip, _lower_epilogue) for op in _EPILOGUES},
         }
         self.ops: frozenset[Any] = frozenset(self._kernels)
@@ -101,6 +109,8 @@ class CpuLowering:
 
 def _wrong_kind(n: fx.Node, dtypes: tuple[torch.dtype, ...], facts: Facts) -> NoMatch | None:
     value = facts.val(n)
+    if value is None:  # a write into a cache, the third argument
+        value = facts.val(n.args[2])  # type: ignore[arg-type]
     value = value[0] if isinstance(value, (tuple, list)) else value
     if value.device.type != "cpu":
         return NoMatch("op", n, "a tensor on the CPU", f"one on {value.device}", src=facts.src(n))
