@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="a backend option")
     explain.add_argument("--dump", metavar="DIR", help="write the graphs and the report of every graph there")
     explain.add_argument("--html", metavar="PATH", help="write a standalone HTML report")
+    explain.add_argument("--memory-png", metavar="PATH", help="draw the memory timeline (needs matplotlib)")
     explain.add_argument("--json", action="store_true", help="print JSON instead of text")
     explain.add_argument("--no-diff", action="store_true", help="leave the graph diffs out of the text")
     explain.set_defaults(run=_explain)
@@ -115,6 +116,8 @@ def _explain(args: argparse.Namespace) -> int:
     found = explain(model, *model_args, options=options, **kwargs)
     if args.html:
         sys.stderr.write(f"wrote {found.html(args.html)}\n")
+    if args.memory_png:
+        sys.stderr.write(f"wrote {found.memory_png(args.memory_png)}\n")
     _say(found.to_json() if args.json else found.text(colour=sys.stdout.isatty(), diff=not args.no_diff))
     return OK
 

@@ -51,6 +51,30 @@ class MemoryLimitError(AscendDynamoError, MemoryError):
         self.needed, self.limit = needed, limit
 
 
+class MissingExtraError(AscendDynamoError, ImportError):
+    """Something needs a package that is not installed; the message says which extra brings it."""
+
+
+class PoolError(AscendDynamoError):
+    """Base of the errors of ``MemoryPool``. The pool is as it was before the call."""
+
+
+class PoolExhaustedError(PoolError, MemoryError):
+    """No hole of a pool is large enough: ``asked``, ``free`` and ``largest_hole`` in bytes."""
+
+    def __init__(self, message: str, *, asked: int, free: int, largest_hole: int) -> None:
+        super().__init__(message)
+        self.asked, self.free, self.largest_hole = asked, free, largest_hole
+
+
+class PoolDoubleFreeError(PoolError):
+    """A piece of a pool that was given back already is given back again, or used."""
+
+
+class ForeignHandleError(PoolError, LookupError):
+    """Something is given back to a pool that it did not come from."""
+
+
 class UnsupportedTorchError(AscendDynamoError, RuntimeError):
     """The installed torch is outside the supported range."""
 

@@ -58,10 +58,10 @@ class MemoryLimit:
 
     def _error(self, sizes: Mapping[str, int], held: int, allocates: int) -> MemoryLimitError:
         needed = held + allocates
-        peak = self.lifetimes.peak(sizes)
+        peak = self.lifetimes.at(sizes, default=0).peak()
         lines = [
             f"this call needs {show_bytes(needed)}, but memory_limit is {show_bytes(self.limit)}: weights and other "
-            f"inputs take {show_bytes(held)}, and the call allocates {show_bytes(allocates)} at its peak",
+            f"inputs take {show_bytes(held)}, intermediates and outputs {show_bytes(allocates)}. Live at the peak:",
             *(f"  {show_bytes(x.bytes):>10}  {_who(x)}" for x in peak.live[:_CONSUMERS]),
             f"To fit: {self._fix(sizes, held, needed)}",
         ]
@@ -83,9 +83,11 @@ class MemoryLimit:
 
 
 def needed_bytes(lifetimes: Liveness, sizes: Mapping[str, int] | None = None) -> int:
-    """What a run allocates at its peak: the live bytes, outputs included, and what the plan of the arena wastes."""
-    plan = assign_offsets(lifetimes.buffers(sizes), seconds=QUICK)
-    return lifetimes.peak(sizes).bytes + plan.size - plan.lower_bound
+    """What a run allocates: the planned arena, which is there for the whole run, and the outputs. Sizes that only the
+    data tells (hits of a nonzero) count as 0."""
+    concrete = lifetimes.at(sizes, default=0)
+    outputs = sum(x.bytes for x in concrete.lifetimes if x.output and x.device == concrete.device)
+    return assign_offsets(concrete.buffers(), seconds=QUICK).size + outputs
 
 
 def largest_fitting(lifetimes: Liveness, sizes: Mapping[str, int], symbol: str, room: int) -> int:

@@ -19,7 +19,6 @@ from ascend_dynamo.memory.plan import Plan, assign_offsets
 log = logging.getLogger("ascend_dynamo.memory")
 
 QUICK = 0.02  # seconds that a plan may take while somebody waits for the compilation
-UNKNOWN_SIZE = 1 << 20  # elements, where neither the call nor a range tells how many
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class MemoryRecord:
     """The memory of one graph at the sizes of its first call; everything in bytes.
 
     ``source`` is what the prediction was read from: "inductor" (the program after fusion) or "fx" (the graph, op by
-    op); ``exact`` is False where that is only an upper bound. ``arena`` is the planned size, ``lower_bound`` the most
+    op); ``exact`` is False where that is only an upper bound. ``unknown`` are sizes that only the data tells, counted as
+    0. ``arena`` is the planned size, ``lower_bound`` the most
     intermediates that are live at once, which no plan can undercut, ``peak`` the same with the outputs, reached at
     ``step`` of ``steps``. ``weights``, ``derived`` (packed copies of weights) and ``inputs`` (everything else that is
     passed in: caches, ids) are there before the call. ``recorded`` is the peak of intermediates in a real call, once
@@ -56,6 +56,7 @@ class MemoryRecord:
     sizes: dict[str, int] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     blocks: list[MemoryBlock] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     steps: int = 0
     arena: int = 0
     lower_bound: int = 0
@@ -68,9 +69,14 @@ class MemoryRecord:
     recorded: int | None = None
 
     @property
+    def outputs(self) -> int:
+        """What the graph allocates for its caller."""
+        return sum(b.bytes for b in self.blocks if b.output)
+
+    @property
     def total(self) -> int:
-        """Weights, inputs, outputs and arena: what the graph needs at its peak, with the arena as planned."""
-        return self.weights + self.derived + self.inputs + self.peak + (self.arena - self.lower_bound)
+        """Weights, inputs, outputs and the planned arena: what a call needs in all."""
+        return self.weights + self.derived + self.inputs + self.outputs + self.arena
 
     @property
     def ratio(self) -> float | None:
@@ -87,18 +93,18 @@ class MemoryRecord:
 def record_memory(unit: GraphUnit, found: Liveness, *, seconds: float = QUICK) -> MemoryRecord:
     """The record of a graph whose run allocates ``found``; the plan may take ``seconds``.
 
-    Sizes that neither the first call nor their range tells (the number of hits of a nonzero) count as 1 MiB elements,
-    as everywhere in the compiler.
+    Sizes that only the data tells (the number of hits of a nonzero) count as 0, and ``unknown`` names them.
     """
     sizes = {s.name: s.hint if s.hint is not None else s.high for s in found.symbols}
     known = {name: n for name, n in sizes.items() if n is not None}
-    free = {s.name for x in found.lifetimes for s in getattr(x.bytes, "free_symbols", ())} - known.keys()
-    concrete = found.at(known, default=UNKNOWN_SIZE) if free else found.at(known)
+    unknown = {s.name for x in found.lifetimes for s in getattr(x.bytes, "free_symbols", ())} - known.keys()
+    concrete = found.at(known, default=0)
     plan = _plan(concrete, seconds)
     peak = peak_of(x for x in concrete.lifetimes if x.device == concrete.device)
     return MemoryRecord(
         source=found.source,
-        exact=found.exact and not free,
+        exact=found.exact,
+        unknown=sorted(unknown),
         sizes=known,
         names={s.name: s.source for s in found.symbols if s.source},
         blocks=_blocks(found, concrete, plan),

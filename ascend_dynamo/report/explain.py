@@ -9,13 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ascend_dynamo import _torch_compat
 from ascend_dynamo.errors import AscendDynamoError
 from ascend_dynamo.report.records import CompileRecord, Missed
+
+if TYPE_CHECKING:
+    from ascend_dynamo.backend import Backend
 
 
 @dataclass
@@ -62,6 +65,22 @@ class Explanation:
         target.write_text(page(self), encoding="utf-8")
         return target
 
+    def memory_png(self, path: str | Path, *, graph: int | None = None) -> Path:
+        """Draw the memory timeline of a graph (by index; default: the one with the highest peak); returns the path.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed (``pip install 'ascend-dynamo[report]'``).
+            LookupError: there is no such graph, or its target does not tell what it takes.
+        """
+        from ascend_dynamo.memory.timeline_png import write_png
+
+        known = {r.index: r.memory for r in self.records if r.memory is not None}
+        if graph is None and known:
+            graph = max(known, key=lambda i: (known[i].peak, -i))
+        if graph not in known:
+            raise LookupError(f"no memory was predicted for graph {graph}; there are predictions for {sorted(known)}")
+        return write_png(known[graph], path, title=f"{self.model}, graph {graph}")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers, lists and dicts only."""
         return {
@@ -107,6 +126,7 @@ def explain(
             raise inner from error
         raise
     seconds = time.perf_counter() - start
+    _learn_recorded(backend)
     return Explanation(
         model=_name(target),
         records=copy.deepcopy(backend.records),
@@ -115,6 +135,15 @@ def explain(
         seconds=seconds,
         output=output,
     )
+
+
+def _learn_recorded(backend: Backend) -> None:
+    """The one call was recorded by the arenas: what it really took goes beside what was predicted."""
+    found = {g.index: g.shapes for g in backend.memory().graphs}
+    for record in backend.records:
+        for shape in found.get(record.index, ()):
+            if record.memory is not None and shape.recording is not None and record.memory.recorded is None:
+                record.memory.recorded = shape.recording.peak()
 
 
 def _brief(reason: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from ascend_dynamo.memory.timeline import caption, svg
 from ascend_dynamo.report.align import align
 from ascend_dynamo.report.diff import columns, hunks
 from ascend_dynamo.report.page import PAGE
@@ -15,7 +16,7 @@ from ascend_dynamo.report.text import heading, summary
 if TYPE_CHECKING:
     from ascend_dynamo.report.explain import Explanation
 
-_NUMERIC = {"times", "nodes replaced", "matched", "ms", "share"}
+_NUMERIC = {"times", "size", "nodes replaced", "matched", "ms", "share"}
 
 
 def page(e: Explanation) -> str:
@@ -34,8 +35,15 @@ def _graph(r: CompileRecord, *, opened: bool) -> str:
     state = " open" if opened else ""
     return (
         f"<section><details{state}><summary><h2>{escape(heading(r))}</h2></summary>"
-        f"{notes}{found}{_diff(r.before, r.after)}</details></section>"
+        f"{notes}{found}{_timeline(r)}{_diff(r.before, r.after)}</details></section>"
     )
+
+
+def _timeline(r: CompileRecord) -> str:
+    if r.memory is None or not r.memory.blocks:
+        return ""
+    note = f"<p class=note>{escape(caption(r.memory))}</p>"
+    return f"<h3>Memory timeline</h3>{note}<div class=scroll>{svg(r.memory)}</div>"
 
 
 def _table(t: Table) -> str:

@@ -7,6 +7,9 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from ascend_dynamo.memory.record import MemoryBlock, MemoryRecord
+from ascend_dynamo.memory.timeline import caption
+from ascend_dynamo.memory.units import show_bytes
 from ascend_dynamo.report.records import CompileRecord, Missed
 
 _NUMBER = re.compile(r"(?<=[A-Za-z])_\d+\b")  # node names differ from layer to layer by this only
@@ -91,6 +94,33 @@ def lowered(r: CompileRecord) -> Table:
     return Table("Lowering", ("operator", "path", "times", "reason"), tuple(rows))
 
 
+def memory(r: CompileRecord, limit: int = 10) -> Table:
+    """Who is live at the peak, the largest first; equal ones (the same line of every layer) in one row."""
+    head = ("size", "times", "operator", "node", "where", "formula")
+    if r.memory is None:
+        return Table("Live at the peak of memory", head, ())
+    groups: dict[tuple[str, str, str, str], list[MemoryBlock]] = defaultdict(list)
+    for b in r.memory.live():
+        groups[show_bytes(b.bytes), b.op + (" (output)" if b.output else ""), where(b.src), b.formula].append(b)
+    rows = [(size, str(len(g)), op, f"%{g[0].id}", at, f) for (size, op, at, f), g in groups.items()][:limit]
+    return _without_empty_columns(Table("Live at the peak of memory", head, tuple(rows), _memory_note(r.memory)))
+
+
+def _memory_note(m: MemoryRecord) -> str:
+    parts = [
+        f"{caption(m)[:1].upper()}{caption(m)[1:]}.",
+        f"Weights {show_bytes(m.weights + m.derived)}, other inputs {show_bytes(m.inputs)}, "
+        f"in all {show_bytes(m.total)}.",
+    ]
+    if m.recorded is not None and m.ratio is not None:
+        parts.append(f"A recorded call had {show_bytes(m.recorded)} of intermediates: the plan is {m.ratio:.2f} of it.")
+    if m.names:
+        parts.append(
+            "Sizes: " + ", ".join(f"{k} = {m.sizes.get(k, '?')} ({name})" for k, name in m.names.items()) + "."
+        )
+    return " ".join(parts)
+
+
 def seconds(r: CompileRecord) -> Table:
     """Time per pass in milliseconds, in the order in which they ran, with the share of the sum."""
     total = sum(r.seconds.values()) or 1.0
@@ -100,7 +130,7 @@ def seconds(r: CompileRecord) -> Table:
 
 def tables(r: CompileRecord, *, miss_limit: int | None = None) -> list[Table]:
     """All tables of one graph that have something to say."""
-    found = [fired(r), missed(r, miss_limit), quarantined(r), lowered(r), seconds(r)]
+    found = [fired(r), missed(r, miss_limit), quarantined(r), lowered(r), memory(r), seconds(r)]
     return [t for t in found if t.rows]
 
 
