@@ -1,5 +1,5 @@
 """Familiar names for what is here: ``NPUConfig`` (switching fusion on, for ``torch.compile(..., options=
-config.to_options())``) and ``PagedAttention``."""
+config.to_options())``), ``PagedAttention`` and ``MemoryPool``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ascend_dynamo.errors import OptionError
 from ascend_dynamo.option_values import nearest, read_bool, read_level
 from ascend_dynamo.options import Options
 from ascend_dynamo.runtime.kv.attention import PagedAttention as PagedAttention
+from ascend_dynamo.runtime.pool import MemoryPool as MemoryPool
 
 _OWN = {"fuse_enable": read_bool, "fuse_level": read_level}
 
