@@ -28,6 +28,7 @@ from ascend_dynamo.runtime.prologue import Artifact
 _aten = torch.ops.aten
 _ascend = torch.ops.ascend
 _DTYPES = (torch.bfloat16, torch.float32)
+_TWINS = (_ascend.kv_write_functional.default, _ascend.mla_kv_write_functional.default)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class CpuLowering:
         return (self._kernels[n.target].lower(n, b),)
 
     def compile(self, g: GraphUnit, key: CacheKey | None = None) -> CompiledArtifact:
-        references = {spec.overload: spec.reference for spec in SPECS.values()}
+        # The functional twins of cache writes stay whole: their references write into clones, and Inductor, which takes
+        # its graphs to be functional, merges clones of equal values.
+        references = {spec.overload: spec.reference for spec in SPECS.values() if spec.overload not in _TWINS}
         gm = retrace(g, {**compat.inductor_decompositions(), **references})
         values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
         inputs = g.gm.graph.find_nodes(op="placeholder")
