@@ -36,6 +36,7 @@ from ascend_dynamo.passes.homes import (
 )
 
 _aten = torch.ops.aten
+_CONSTRUCTORS = frozenset({_aten.zeros.default, _aten.full.default, _aten.empty.memory_format, _aten.ones.default})
 Lower = Callable[[GraphUnit, GraphFacts, fx.Node], bool]
 
 
@@ -50,8 +51,6 @@ class Reinplace:
 
     def run(self, g: GraphUnit, options: Any) -> PassResult:
         copies = _epilogue(g.gm.graph)
-        if not copies:
-            return PassResult(False)
         facts = GraphFacts(g.gm, g.params, g.weights)
         position = {n: i for i, n in enumerate(g.gm.graph.nodes)}
         homes = [Home(copy, facts, position) for copy in copies]
@@ -61,18 +60,22 @@ class Reinplace:
             if h.refused and _updates(h.copy.args[1])
         )
         proven = [h for h in homes if not h.refused and h.events]
-        if not proven:
-            return PassResult(False, notes)
         edit = _Edit(g, facts, {n: h for h in proven for n in h.path if h.kind.get(n) == "call"})
         for home in proven:
             edit.home(home)
+        fresh = edit.fresh()
+        if not proven and not fresh:
+            return PassResult(False, notes)
         effects.remove_dead(g.gm.graph)
         for node in edit.new:
             if self.lower is not None:
                 self.lower(g, facts, node)
         g.gm.recompile()
-        written = f"reinplace: {len(proven)} inputs are written in place"
-        return PassResult(True, (written, *notes))
+        if proven:
+            notes = (f"reinplace: {len(proven)} inputs are written in place", *notes)
+        if fresh:
+            notes = (*notes, f"reinplace: {fresh} writes go to memory that the graph allocates")
+        return PassResult(True, notes)
 
 
 def _epilogue(graph: fx.Graph) -> list[fx.Node]:
@@ -132,6 +135,25 @@ class _Edit:
         home.copy.replace_all_uses_with(home.input)
         graph.erase_node(home.copy)
 
+    def fresh(self) -> int:
+        """What the graph allocates and then writes is written where it is allocated, each time anew; how many."""
+        count = 0
+        for n in list(self.unit.gm.graph.nodes):
+            if n.target in IN_PLACE and _made(n.args[0]):
+                b = self._builder(n)
+                base = b.op(n.args[0].target, *n.args[0].args, **n.args[0].kwargs)
+                self.new.append(b.op(IN_PLACE[n.target], base, *n.args[1:], **n.kwargs))
+                n.replace_all_uses_with(base)
+                count += 1
+                continue
+            call = read_functionalized(n)
+            bases = written_by_twin(n) if n.target in TWINS else call.bases if call is not None else ()
+            paths = [part_of(call, v) for v in call.views.values() if v is not None] if call is not None else []
+            if any(map(_made, bases)) and None not in paths:
+                self._call(n)
+                count += 1
+        return count
+
     def _builder(self, node: fx.Node) -> GraphBuilder:
         return GraphBuilder(self.unit, self.facts, node, node)
 
@@ -143,11 +165,11 @@ class _Edit:
         found = read_functionalized(call)
         if found is None:
             op, names = TWINS[call.target]
-            bases = written_by_twin(call)
-            places = [self._place(b, bases[i], taken.get(i)) for i in range(len(bases))]
-            swap = dict(zip(bases, places, strict=True))
-            args = tuple(swap.get(a, a) if i > 1 else a for i, a in enumerate(call.args))  # type: ignore[call-overload]
-            kwargs = {k: swap.get(v, v) if k in names else v for k, v in call.kwargs.items()}  # type: ignore[call-overload]
+            places = [self._place(b, base, taken.get(i)) for i, base in enumerate(written_by_twin(call))]
+            swap = iter(places)
+            given = zip((a.name for a in op._schema.arguments), call.args, strict=False)
+            args = [next(swap) if name in names else a for name, a in given]
+            kwargs = {k: next(swap) if k in names else v for k, v in call.kwargs.items()}
             self.new.append(b.op(op, *args, **kwargs))
         else:
             places = [self._place(b, base, taken.get(found.first + j)) for j, base in enumerate(found.bases)]
@@ -167,11 +189,16 @@ class _Edit:
         self.unit.gm.graph.erase_node(call)
 
     def _place(self, b: GraphBuilder, base: fx.Node, result: fx.Node | None) -> fx.Node:
-        """The memory that is written for a base: its place, or a copy of it."""
+        """The memory that is written for a base: its place, another one made like it, or a copy of it."""
         home = None if result is None else self.results.get(result)
         if home is None or result is None:
-            return b.op(_aten.clone.default, base)
+            return b.op(base.target, *base.args, **base.kwargs) if _made(base) else b.op(_aten.clone.default, base)  # type: ignore[arg-type]
         return regions.emit(b, home.input, home.path[result])
+
+
+def _made(n: Any) -> bool:
+    """True for a call that allocates and fills with a number: another such call is as good."""
+    return isinstance(n, fx.Node) and n.target in _CONSTRUCTORS
 
 
 def _part(b: GraphBuilder, found: Functionalized, base: fx.Node, view: View) -> fx.Node:

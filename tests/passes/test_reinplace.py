@@ -306,10 +306,30 @@ def test_what_is_written_comes_from_the_cache_itself():
     compiled(fn, PAGED[:5])
 
 
-def test_a_cache_made_in_the_graph():
+def test_caches_made_in_the_graph_are_written_where_they_are_allocated():
+    """What a first call allocates is the same call twice, for keys and for values: each has memory of its own."""
+
     def fn(k, v, slots, table):
         k_cache, v_cache = torch.zeros(6, 4, 2, 8), torch.zeros(6, 4, 2, 8)
         return paged(k, v, k_cache, v_cache, slots, table), k_cache, v_cache
+
+    record = compiled(fn, [*PAGED[:2], *PAGED[4:]])
+    assert ops(record, "aten.zeros") == 2 and ops(record, "ascend.kv_write") == 1 and ops(record, "aten.clone") == 0
+
+
+def test_a_static_cache_made_in_the_graph():
+    def fn(q, k, v, at):
+        return by_index_copy(q, k, v, torch.zeros(B, H, S, D), torch.zeros(B, H, S, D), at)
+
+    record = compiled(fn, [*new(2), torch.tensor([3, 4])])
+    assert ops(record, "aten.zeros") == 2 and ops(record, "aten.index_copy_") == 2
+
+
+def test_zeros_that_are_read_as_zeros_too():
+    def fn(k, v, slots, table):
+        zeros = torch.zeros(6, 4, 2, 8)
+        k_cache, v_cache = zeros.clone(), zeros.clone()
+        return paged(k, v, k_cache, v_cache, slots, table), zeros, k_cache
 
     compiled(fn, [*PAGED[:2], *PAGED[4:]])
 
