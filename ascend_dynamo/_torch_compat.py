@@ -37,6 +37,13 @@ def detect_fake_mode(values: Any) -> Any:
     return detect(values)
 
 
+def mark_static_sizes(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
+    """Sizes of ``tensor`` (of the given dims, else all) that stay numbers even under ``dynamic=True``."""
+    for dim in dims or range(tensor.dim()):
+        torch._dynamo.mark_static(tensor, dim)
+    return tensor
+
+
 def known(relation: Any) -> bool:
     """True if a bool or SymBool is statically known to be true. Never adds a guard."""
     if isinstance(relation, bool):

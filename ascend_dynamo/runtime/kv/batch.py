@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from ascend_dynamo._torch_compat import mark_static_sizes
 from ascend_dynamo.errors import KVCacheError, UnknownSequenceError
 from ascend_dynamo.runtime.kv.cache import PagedKVCache
 from ascend_dynamo.runtime.kv.layer import PagedLayer
-from ascend_dynamo.runtime.kv.records import Copy
+from ascend_dynamo.runtime.kv.records import ABSENT
 from ascend_dynamo.runtime.kv.store import block_table
 
 
@@ -24,7 +26,7 @@ class PagedBatch:
     ``q_start`` [B+1] and ``kv_len`` [B] int32 in host memory: request b owns tokens q_start[b] to q_start[b+1] and has
     kv_len[b] keys once they are written. ``block_tables`` [B, columns] int32 and ``slot_mappings`` [T] int64, one per
     group of layers (``PagedKVCache.groups``). ``input_ids`` and ``position_ids`` [1, T]; ``last`` [B] int64 are the
-    tokens whose logits say what comes next.
+    tokens whose logits say what comes next. Padding, if asked for, stands behind the requests and the tokens.
     """
 
     requests: tuple[int, ...]
@@ -69,10 +71,7 @@ class PackedView(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         layer = self.layers[layer_idx]
-        if not layer.is_initialized:
-            layer.lazy_initialization(key_states, value_states)
-        slots = self.slot_mappings[self.group_of[layer_idx]]
-        layer.store.write(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), slots)
+        layer.write(key_states, value_states, self.slot_mappings[self.group_of[layer_idx]])
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -135,9 +134,13 @@ class PagedRequests:
         for group, sequence in pairs:
             group.copy_pages(group.pool.crop([sequence], length))
 
-    def step(self, news: Mapping[int, Sequence[int]]) -> PagedBatch:
-        """Room for the new tokens of each request (in this order), and what a model needs to run them."""
-        if not news or any(not len(tokens) for tokens in news.values()):
+    def step(self, news: Mapping[int, Sequence[int]], *, rows: int = 0, tokens: int = 0) -> PagedBatch:
+        """Room for the new tokens of each request (in this order), and what a model needs to run them.
+
+        The batch is padded to at least ``rows`` requests and ``tokens`` tokens, so that compiled code sees few shapes;
+        what it computes for the padding means nothing.
+        """
+        if not news or any(not len(new) for new in news.values()):
             raise KVCacheError("a step has at least one request, and at least one token of each")
         held = [self._get(request) for request in news]
         wanted = [dict(zip(sequences, news.values(), strict=True)) for sequences in zip(*held, strict=True)]
@@ -145,38 +148,31 @@ class PagedRequests:
         for group, want in zip(groups, wanted, strict=True):
             group.pool.require(want)
         begins = [self.length(request) for request in news]
-        copies: list[list[Copy]] = [group.pool.append_all(w) for group, w in zip(groups, wanted, strict=True)]
-        for group, made in zip(groups, copies, strict=True):
-            group.copy_pages(made)
-        device = groups[0].device
-        counts = [len(tokens) for tokens in news.values()]
-        ends = [begin + count for begin, count in zip(begins, counts, strict=True)]
-        starts = torch.tensor([0, *counts]).cumsum(0)
+        for group, want in zip(groups, wanted, strict=True):
+            group.copy_pages(group.pool.append_all(want))
+        ends = [begin + len(new) for begin, new in zip(begins, news.values(), strict=True)]
+        starts = [0, *accumulate(map(len, news.values()))]
+        spans = list(zip(begins, ends, strict=True))
+        padding, empty = [0] * (tokens - starts[-1]), [0] * (rows - len(news))
         view = PackedView(list(self.cache.layers), self._group_of)
-        view.slot_mappings = tuple(
-            torch.tensor(
-                [
-                    slot
-                    for s, begin, end in zip(want, begins, ends, strict=True)
-                    for slot in group.pool.slots(s, begin, end)
-                ],
-                device=device,
-            )
-            for group, want in zip(groups, wanted, strict=True)
-        )
-        positions = [p for begin, end in zip(begins, ends, strict=True) for p in range(begin, end)]
+        device = groups[0].device
+        for group, want in zip(groups, wanted, strict=True):
+            slots = [slot for s, span in zip(want, spans, strict=True) for slot in group.pool.slots(s, *span)]
+            view.slot_mappings += (torch.tensor([*slots, *[ABSENT] * len(padding)], device=device),)
         return PagedBatch(
             requests=tuple(news),
-            input_ids=torch.tensor([[t for tokens in news.values() for t in tokens]], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            q_start=starts.to(torch.int32),
-            kv_len=torch.tensor(ends, dtype=torch.int32),
+            input_ids=torch.tensor([[*(t for new in news.values() for t in new), *padding]], device=device),
+            position_ids=torch.tensor([[*(p for span in spans for p in range(*span)), *padding]], device=device),
+            q_start=torch.tensor([*starts, *[starts[-1]] * len(empty)], dtype=torch.int32),
+            kv_len=torch.tensor([*ends, *empty], dtype=torch.int32),
             block_tables=tuple(
-                block_table([group.pool.table(s) for s in want]).to(device)
+                mark_static_sizes(
+                    block_table([*(group.pool.table(s) for s in want), *[()] * len(empty)], group.width), 1
+                ).to(device)
                 for group, want in zip(groups, wanted, strict=True)
             ),
             slot_mappings=view.slot_mappings,
-            last=(starts[1:] - 1).to(device),
+            last=torch.tensor([*(start - 1 for start in starts[1:]), *empty], device=device),
             view=view,
         )
 

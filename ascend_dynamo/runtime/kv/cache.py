@@ -94,7 +94,9 @@ class PagedKVCache(Cache):
                 pool = BlockPool(count, size, window=kind.window)
                 group = by_window[kind.window] = PageGroup(pool, width, torch.device(device))
                 self.groups.append(group)
-            layers.append(PagedLayer(group, dtype, quantized=quantization is not None, allocate=allocate))
+            layers.append(
+                PagedLayer(group, kind, dtype, guess=model_dtype, quantized=quantization is not None, allocate=allocate)
+            )
         for group in self.groups:
             group.peers = [other for other in self.groups if other is not group]
         super().__init__(layers=layers)
@@ -166,7 +168,7 @@ class PagedKVCache(Cache):
     def dense(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Keys [B,Hk,length,D] and values of a layer, gathered (and dequantised): a copy, for looking at."""
         layer = self.layers[layer_idx]
-        if layer.store is None or layer.group.block_table is None:
+        if layer.group.block_table is None:
             raise UnsupportedCacheError(f"layer {layer_idx} holds nothing yet")
         store = layer.store
         dtype = store.keys.dtype if store.k_scale is None else store.k_scale.dtype
@@ -175,7 +177,7 @@ class PagedKVCache(Cache):
 
     def statistics(self) -> CacheStatistics:
         """Pages, tokens, waste and memory, now."""
-        stores = [(layer.group, layer.store.nbytes) for layer in self.layers if layer.store is not None]
+        stores = [(layer.group, layer.store.nbytes) for layer in self.layers]
         return CacheStatistics(
             tuple(group.pool.statistics() for group in self.groups),
             sum(nbytes for _, nbytes in stores),

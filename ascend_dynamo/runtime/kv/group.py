@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ascend_dynamo._torch_compat import mark_static_sizes
 from ascend_dynamo.dialect.kv_reserve import register_source
 from ascend_dynamo.errors import KVCacheError, UnsupportedCacheError
 from ascend_dynamo.runtime.kv.pool import BlockPool
@@ -46,6 +47,8 @@ class PageGroup:
         """Tables for a batch; plain tensor code, so that a first step can be compiled."""
         self.block_table = torch.full((batch, self.width), ABSENT, dtype=torch.int32, device=self.device)
         self.kv_len = torch.zeros(batch, dtype=torch.int32)
+        if not torch.compiler.is_compiling():
+            mark_static_sizes(self.block_table, 1)
 
     def advance(self, batch: int, tokens: int) -> None:
         """Slots for ``tokens`` new tokens in each row."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ascend_dynamo import dialect as _dialect  # registers the operators  # noqa: F401
+from ascend_dynamo._torch_compat import mark_static_sizes
 from ascend_dynamo.runtime.kv.records import ABSENT
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
@@ -43,6 +44,9 @@ class PageStore:
         self.v_scale: Tensor | None = None
         if quantized:
             self.k_scale, self.v_scale = (allocate((pages, size, heads), torch.float32, device) for _ in widths)
+        if not torch.compiler.is_compiling():
+            for tensor in self.tensors:  # else dynamic=True would make every size of every layer a symbol
+                mark_static_sizes(tensor)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -67,7 +71,7 @@ class PageStore:
             tensor[targets] = tensor[sources]
 
 
-def block_table(rows: Sequence[Sequence[int]]) -> Tensor:
-    """[B, columns] int32 of the pages of each row, -1 behind the end of a row."""
-    width = max(map(len, rows), default=0)
+def block_table(rows: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
+    """[B, width] int32 (default: as the longest row needs) of the pages of each row, -1 behind the end of a row."""
+    width = max(map(len, rows), default=0) if width is None else width
     return torch.tensor([[*row, *[ABSENT] * (width - len(row))] for row in rows], dtype=torch.int32)

@@ -169,6 +169,5 @@ def test_packed_attention_says_what_it_does_not_serve(paged: Any) -> None:
     sliding = paged(model_of("tiny-mistral"))
     requests = PagedRequests(PagedKVCache(sliding.config, num_pages=10, page_size=4))
     batch = requests.step({requests.open([1, 2, 3]): [1, 2, 3]})
-    batch.view.layers[0].lazy_initialization(q, q)
     with pytest.raises(UnsupportedCacheError, match="chunked attention"):
         paged_attention_forward(sliding.model.layers[0].self_attn, q, q, q, None, paged=batch)
