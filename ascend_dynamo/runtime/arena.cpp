@@ -285,6 +285,9 @@ ARENA_API int arena_holds(const void* p) { return arena::Reservation::get()->hol
 
 ARENA_API uint64_t arena_slot_bytes() { return arena::Reservation::get()->slot_bytes(); }
 
+// Where the address space of all arenas begins and ends.
+ARENA_API void arena_range(uint64_t* out) { arena::Reservation::get()->range(out, out + 1); }
+
 ARENA_API std::shared_ptr<Group>* arena_group() {
   return new std::shared_ptr<Group>(std::make_shared<Group>());
 }

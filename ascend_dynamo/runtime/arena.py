@@ -260,6 +260,18 @@ def stats() -> list[ArenaStats]:
     return [arenas.stats() for arenas in list(_backends)]
 
 
+def address_range() -> tuple[int, int]:
+    """The addresses between which all arenas of this process lie (most of them without memory); (0, 0): there are none.
+
+    What the operating system says about them (/proc/self/maps) is a check on ``stats`` that none of this code made.
+    """
+    native = install()
+    out = (ctypes.c_uint64 * 2)()
+    if isinstance(native, Native):
+        native.range(out)
+    return int(out[0]), int(out[1])
+
+
 def holds(tensor: torch.Tensor) -> bool:
     """Whether the memory of a CPU tensor lies in an arena. False where arenas were never used."""
     native = install()

@@ -27,6 +27,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "installed": (ctypes.c_int, ()),
     "holds": (ctypes.c_int, (ctypes.c_void_p,)),
     "slot_bytes": (ctypes.c_uint64, ()),
+    "range": (None, (_SIZES,)),
     "group": (_HANDLE, ()),
     "group_close": (None, (_HANDLE,)),
     "group_stats": (None, (_HANDLE, _SIZES)),

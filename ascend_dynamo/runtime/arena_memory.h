@@ -91,6 +91,10 @@ class Reservation {
   bool holds(const void* p) const { return reinterpret_cast<uintptr_t>(p) - start_ < kSlots * slot_; }
   Instance& at(const void* p) { return slots_[(reinterpret_cast<uintptr_t>(p) - start_) / slot_]; }
   size_t slot_bytes() const { return slot_; }
+  void range(uint64_t* begin, uint64_t* end) const {
+    *begin = start_;
+    *end = start_ + kSlots * slot_;
+  }
 
   Instance* take() {
     for (Instance& instance : slots_) {
