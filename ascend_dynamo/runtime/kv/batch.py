@@ -71,6 +71,7 @@ class PackedView(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         layer = self.layers[layer_idx]
+        layer.fit(key_states, value_states)
         layer.write(key_states, value_states, self.slot_mappings[self.group_of[layer_idx]])
         return key_states, value_states
 

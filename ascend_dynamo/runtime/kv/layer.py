@@ -52,24 +52,28 @@ class PagedLayer(CacheLayerMixin):
             kept = [tuple(t.shape[2:]) for t in (self.store.keys, self.store.values)]
             raise UnsupportedCacheError(
                 f"the cache keeps {kept} per token, heads by width, in {self.store.keys.dtype}; it is given"
-                f" {tuple(key_states.shape)} and {tuple(value_states.shape)} in {key_states.dtype}: make one cache per model"
+                f" {tuple(key_states.shape)} and {tuple(value_states.shape)} in {key_states.dtype}; make one per model"
             )
         widths = key_states.shape[3], value_states.shape[3]
         self.store = self._pages(key_states.shape[1], widths, self.dtype or key_states.dtype, key_states.device)
 
-    def write(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
-        """Store k [B,Hk,S,D] and v [B,Hk,S,Dv] at ``slots`` [B * S]."""
+    def fit(self, key_states: Tensor, value_states: Tensor) -> None:
+        """See to it that the pages can hold k [B,Hk,S,D] and v [B,Hk,S,Dv]; raises as ``lazy_initialization``."""
         keys, values = self.store.keys, self.store.values
         fits = (key_states.shape[1], key_states.shape[3], value_states.shape[3]) == (*keys.shape[2:], values.shape[3])
         exact = self.quantized or self.dtype is not None or keys.dtype == key_states.dtype
         if not (fits and exact and keys.device == key_states.device):
             self.lazy_initialization(key_states, value_states)
+
+    def write(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
+        """Store k [B,Hk,S,D] and v [B,Hk,S,Dv] at ``slots`` [B * S]."""
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
         self.store.write(k, v, slots)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store k [B,Hk,S,D] and v [B,Hk,S,Dv]; all keys and values so far, dense, [B,Hk,length,..]."""
         group = self.group
+        self.fit(key_states, value_states)
         if self.leads:
             group.advance(key_states.shape[0], key_states.shape[2])
         self.write(key_states, value_states, group.slots)  # type: ignore[arg-type]

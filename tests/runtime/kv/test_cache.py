@@ -268,3 +268,14 @@ def test_what_pages_cannot_serve_is_named() -> None:
     with pytest.raises(KVCacheError, match="activate_past_recording"):
         cache.crop(-9)
     sound(cache)
+
+
+def test_sizes_that_the_configuration_does_not_tell() -> None:
+    model = model_of("tiny-gptneox")  # its configuration speaks of key-value heads that the model has not
+    ids = prompt(model, 1, 9)
+    cache = PagedKVCache(model.config, num_pages=8, page_size=4)
+    torch.testing.assert_close(logits(model, ids, cache), logits(model, ids, dynamic(model)))
+    before = cache.dense(0)[0]
+    with pytest.raises(UnsupportedCacheError, match="make one per model"):
+        logits(model_of("tiny-llama"), prompt(model_of("tiny-llama"), 1, 1), cache)
+    assert cache.get_seq_length() == 9 and torch.equal(cache.dense(0)[0], before)
