@@ -13,8 +13,9 @@ from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.contracts import GraphUnit
 from ascend_dynamo.ir.facts import PROLOGUE
 from ascend_dynamo.ir.transforms import transform
-from ascend_dynamo.memory.lifetimes import Liveness, peak_of
+from ascend_dynamo.memory.lifetimes import Lifetime, Liveness, Symbol, peak_of
 from ascend_dynamo.memory.plan import Plan, assign_offsets
+from ascend_dynamo.memory.written_sizes import size_of_text
 
 log = logging.getLogger("ascend_dynamo.memory")
 
@@ -43,12 +44,12 @@ class MemoryRecord:
     """The memory of one graph at the sizes of its first call; everything in bytes.
 
     ``source`` is what the prediction was read from: "inductor" (the program after fusion) or "fx" (the graph, op by
-    op); ``exact`` is False where that is only an upper bound. ``unknown`` are sizes that only the data tells, counted as
-    0. ``arena`` is the planned size, ``lower_bound`` the most
-    intermediates that are live at once, which no plan can undercut, ``peak`` the same with the outputs, reached at
-    ``step`` of ``steps``. ``weights``, ``derived`` (packed copies of weights) and ``inputs`` (everything else that is
-    passed in: caches, ids) are there before the call. ``recorded`` is the peak of intermediates in a real call, once
-    there was one that was recorded (temporaries inside kernels included).
+    op); ``exact`` is False where that is only an upper bound. ``sizes`` are the symbolic sizes of the first call,
+    ``names`` what they are in the user's words, ``unknown`` those that only the data tells, counted as 0. ``arena`` is
+    the planned size, ``lower_bound`` the most intermediates that are live at once, which no plan can undercut, ``peak``
+    the same with the outputs, reached at ``step`` of ``steps``. ``weights``, ``derived`` (packed copies of weights) and
+    ``inputs`` (everything else that is passed in: caches, ids) are there before the call. ``recorded`` is the peak of
+    intermediates in a real call, once one was recorded (temporaries inside kernels included).
     """
 
     source: str = "fx"
@@ -82,6 +83,20 @@ class MemoryRecord:
     def ratio(self) -> float | None:
         """The planned arena over the recorded peak of intermediates: 1 is perfect, below 1 is too small."""
         return self.arena / self.recorded if self.recorded else None
+
+    def lifetimes(self) -> Liveness:
+        """The arena's and the outputs' lifetimes again, with sizes as expressions: what other sizes would take."""
+        symbols = tuple(
+            Symbol(k, i, None, n, source=self.names.get(k, "")) for i, (k, n) in enumerate(self.sizes.items())
+        )
+        lives = tuple(
+            Lifetime(
+                b.id, b.start, b.end, size_of_text(b.formula) if b.formula else b.bytes, b.op, b.src, b.output, b.inner
+            )
+            for b in self.blocks
+            if b.offset is not None or b.output
+        )
+        return Liveness(lives, self.steps, symbols, self.source, self.exact)
 
     def live(self, step: int | None = None) -> list[MemoryBlock]:
         """Who is live at a step (the peak's by default), the largest first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -16,7 +16,13 @@ from ascend_dynamo.memory.lifetimes import Size
 from ascend_dynamo.memory.liveness import storage_bytes
 
 _Functions = compat.sympy_functions()
-_CALLS = {"max": _Functions["Max"], "min": _Functions["Min"]}
+_CALLS: dict[str, Callable[..., Any]] = {
+    "max": _Functions["Max"],
+    "min": _Functions["Min"],
+    "floor": sympy.floor,
+    "ceiling": sympy.ceiling,
+    **_Functions,
+}
 
 
 def size_expr(node: ast.expr) -> Size:
@@ -41,6 +47,8 @@ def size_expr(node: ast.expr) -> Size:
             return left * right
         if isinstance(node.op, ast.FloorDiv):
             return left // right if isinstance(left, int) and isinstance(right, int) else sympy.floor(left / right)
+        if isinstance(node.op, ast.Div):
+            return sympy.sympify(left) / right
         if isinstance(node.op, ast.Mod):
             return left % right if isinstance(left, int) and isinstance(right, int) else sympy.Mod(left, right)
         if isinstance(node.op, ast.Pow) and isinstance(right, int):
@@ -48,6 +56,15 @@ def size_expr(node: ast.expr) -> Size:
     if isinstance(node, ast.Call) and ast.unparse(node.func) in _CALLS:
         return _CALLS[ast.unparse(node.func)](*map(size_expr, node.args))
     raise ValueError(f"{ast.unparse(node)} is no size")
+
+
+def size_of_text(text: str) -> Size:
+    """The size that a text spells: Python, or what sympy prints.
+
+    Raises:
+        ValueError: it spells no size.
+    """
+    return size_expr(ast.parse(text, mode="eval").body)
 
 
 def shape_of(node: ast.expr) -> list[Size]:
