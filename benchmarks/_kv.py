@@ -17,6 +17,8 @@ import torch
 from _worker import Prepared
 from torch import Tensor, nn
 
+from ascend_dynamo import hf
+
 FULL = {"qwen3-0.6b": 28, "ds3-small": 8}
 WIDE = 1 << 30  # bytes of a cache up to which the step is also computed in float32
 RESET = 8  # steps between two rewinds
@@ -37,6 +39,8 @@ WAYS = {
     "inductor": Way("static", "inductor"),
     "ours-dynamic": Way("dynamic", "ascend_opt"),
     "ours-static": Way("static", "ascend_opt"),
+    "ours-paged": Way("paged", "ascend_opt"),
+    "ours-packed": Way("packed", "ascend_opt"),
 }
 
 
@@ -62,6 +66,7 @@ def model_of(case: dict[str, Any]) -> Any:
         if (full := FULL.get(name, layers)) > layers:
             model.resize_token_embeddings(model.config.vocab_size * layers // full // 64 * 64)
         _built[key] = model.eval().requires_grad_(False)
+    _built[key].set_attn_implementation("sdpa")
     return _built[key]
 
 
@@ -108,29 +113,63 @@ def prepare(case: dict[str, Any], contender: str) -> Prepared:
     torch._dynamo.reset()
     way, model = WAYS[contender], model_of(case)
     batch, context = case["batch"], case["context"]
-    cache = caches.make(way.cache, model.config, batch, context)
-    with torch.no_grad():
-        caches.fill(cache, model.config, batch, context)
     module: nn.Module = model if case["kind"] == "step" else Attention(model.config)
-    call, inputs = compiled(module, way), arguments(case, model)
-
-    def run(f: Callable[..., Any] = call, kept: Any = cache) -> Tensor:
-        out = f(*inputs, past_key_values=kept)
-        return out if isinstance(out, Tensor) else out.logits
-
-    def reset() -> None:
-        caches.rewind(cache, context)
-
-    prepared = Prepared(run, reset, RESET)
+    kind = Packed if way.cache == "packed" else Batch
+    decoder = kind(way, compiled(module, way), model, case)
+    prepared = Prepared(decoder.step, decoder.rewind, RESET)
     shape = caches.shape_of(model.config)
     smallest = batch * context * shape.heads * min(shape.keys, shape.values) * shape.itemsize
-    prepared.notes = notes(run, reset, cache, way, Sizes(smallest, largest_activation(module, batch)))
+    prepared.notes = notes(decoder, way, Sizes(smallest, largest_activation(module, batch)))
     stored = batch * context * shape.token_bytes
     prepared.notes["stored"] = stored
     prepared.work = {"bytes": stored + weights(module), "flops": 0.0}
     if not way.backend and stored <= WIDE and case["kind"] == "step":
-        prepared.reference = lambda: in_float32(model, way, case, inputs)
+        prepared.reference = lambda: in_float32(model, way, case, arguments(case, model))
     return prepared
+
+
+class Batch:
+    """A batch of sequences of the same length in a transformers cache."""
+
+    def __init__(self, way: Way, call: Callable[..., Any], model: Any, case: dict[str, Any]) -> None:
+        self.call, self.context = call, case["context"]
+        self.cache = caches.make(way.cache, model.config, case["batch"], self.context)
+        with torch.no_grad():
+            caches.fill(self.cache, model.config, case["batch"], self.context)
+        self.inputs = arguments(case, model)
+
+    def step(self) -> Tensor:
+        out = self.call(*self.inputs, past_key_values=self.cache)
+        return out if isinstance(out, Tensor) else out.logits
+
+    def rewind(self) -> None:
+        caches.rewind(self.cache, self.context)
+
+
+class Packed:
+    """As many requests over the pages of one cache, packed: what a server runs, its bookkeeping included."""
+
+    def __init__(self, way: Way, call: Callable[..., Any], model: Any, case: dict[str, Any]) -> None:
+        from ascend_dynamo.runtime.kv import PagedRequests
+
+        hf.use_paged_attention(model)
+        self.call, self.context = call, case["context"]
+        self.cache = caches.make("paged", model.config, case["batch"], self.context)
+        self.requests = PagedRequests(self.cache)
+        self.open = [self.requests.open([]) for _ in range(case["batch"])]
+        self.tokens = arguments(case, model)[0].tolist()
+        with torch.no_grad():
+            view = self.requests.step({r: [0] * self.context for r in self.open}).view
+            for layer, kept in enumerate(caches.tokens(model.config, case["batch"], self.context)):
+                view.update(*(t.transpose(0, 1).flatten(1, 2).unsqueeze(0) for t in kept), layer)
+
+    def step(self) -> Tensor:
+        batch = self.requests.step(dict(zip(self.open, self.tokens, strict=True)))
+        return self.call(**batch.inputs()).logits.transpose(0, 1)
+
+    def rewind(self) -> None:
+        for request in self.open:
+            self.requests.crop(request, self.context)
 
 
 def arguments(case: dict[str, Any], model: Any) -> tuple[Tensor, ...]:
@@ -162,28 +201,27 @@ def largest_activation(module: nn.Module, batch: int) -> int:
 
 
 @torch.no_grad()
-def notes(run: Callable[[], Any], reset: Callable[[], None], cache: Any, way: Way, sizes: Sizes) -> dict[str, Any]:
+def notes(decoder: Batch | Packed, way: Way, sizes: Sizes) -> dict[str, Any]:
     """Compile, warm up, and look at one step: graphs, bytes held, copied and written, time in append and attention."""
     counters = torch._dynamo.utils.counters["stats"]
     start = counters["unique_graphs"]
     for _ in range(3):  # a growing cache: its first size, then all sizes, then nothing new
-        run()
+        decoder.step()
     warm = counters["unique_graphs"]
-    run()
+    decoder.step()
     graphs, again = warm - start, counters["unique_graphs"] - warm
     assert (graphs > 0) == bool(way.backend) and not again, f"{graphs} graphs were compiled, {again} of them late"
-    with contextlib.nullcontext() if way.backend else probe.marked(cache):
-        seen = [probe.trace(run) for _ in range(TRACES)]  # without a rewind: the tokens go where none were
-    held = caches.buffers(cache)
-    found: dict[str, Any] = {"graphs": graphs, "resident": _memory.resident(), "allocated": caches.allocated(held)}
+    with contextlib.nullcontext() if way.backend else probe.marked(decoder.cache):
+        seen = [probe.trace(decoder.step) for _ in range(TRACES)]  # no rewind: the tokens go where none were
+    held = caches.allocated(caches.buffers(decoder.cache))
+    found: dict[str, Any] = {"graphs": graphs, "resident": _memory.resident(), "allocated": held}
     for name, events in (("append", probe.APPENDS), ("attention", probe.ATTENTION)):
         found[name] = statistics.median(s.seconds(events) for s in seen)
         found[f"{name}_share"] = statistics.median(s.share(events) for s in seen)
     if sizes.cache > 2 * sizes.activation:
         found["copied"] = statistics.mean(s.copied(sizes.cache) for s in seen)
-    del held
-    if found["allocated"] <= 2 * WIDE:
-        done = probe.writes(run, lambda: caches.buffers(cache))
+    if held <= 2 * WIDE:
+        done = probe.writes(decoder.step, lambda: caches.buffers(decoder.cache))
         found |= {"moved": done.moved, "changed": done.changed}
-    reset()
+    decoder.rewind()
     return found

@@ -6,7 +6,7 @@ and values: so that 32k tokens of context cost a second and every contender hold
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,25 +58,38 @@ def draw(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat16)
     return out.view(shape)
 
 
-def fill(cache: Any, config: Any, batch: int, context: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Put ``context`` drawn tokens of ``batch`` sequences into an empty transformers cache.
+def tokens(
+    config: Any, batch: int, context: int, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values [B, heads, context, width] of each layer in turn.
 
     Keys are drawn thrice as wide as values, so that attention is peaked and a lost page shows.
     """
     shape = shape_of(config, dtype.itemsize)
     for layer in range(shape.layers):
-        keys = 3 * draw((batch, shape.heads, context, shape.keys), 2 * layer, dtype)
-        cache.update(keys, draw((batch, shape.heads, context, shape.values), 2 * layer + 1, dtype), layer)
+        keys = draw((batch, shape.heads, context, shape.keys), 2 * layer, dtype).mul_(3)
+        yield keys, draw((batch, shape.heads, context, shape.values), 2 * layer + 1, dtype)
+
+
+def fill(cache: Any, config: Any, batch: int, context: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Put ``context`` drawn tokens of ``batch`` sequences into an empty transformers cache."""
+    for layer, (keys, values) in enumerate(tokens(config, batch, context, dtype)):
+        cache.update(keys, values, layer)
 
 
 def make(kind: str, config: Any, batch: int, context: int) -> Any:
     """An empty cache for ``batch`` sequences of ``context`` tokens and some steps: "dynamic", "static" or "paged"."""
     from transformers import DynamicCache, StaticCache
 
+    from ascend_dynamo.runtime.kv import PagedKVCache
+
     if kind == "dynamic":
         return DynamicCache(config=config)
     if kind == "static":
         return StaticCache(config=config, max_cache_len=context + SLACK)
+    if kind == "paged":
+        longest = -(-(context + SLACK) // PAGE) * PAGE
+        return PagedKVCache(config, max_tokens=batch * longest, max_length=longest, page_size=PAGE)
     raise KeyError(f"no cache {kind!r}")
 
 
@@ -96,7 +109,8 @@ def rewind(cache: Any, context: int) -> None:
 
 def buffers(cache: Any) -> list[Tensor]:
     """The tensors that hold keys and values, layer by layer."""
-    return [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    held = [getattr(layer, "store", None) or layer for layer in cache.layers]
+    return [t for x in held for t in (x.keys, x.values)]
 
 
 def allocated(tensors: Iterable[Tensor]) -> int:

@@ -51,9 +51,9 @@ class Trace:
 def trace(call: Callable[[], Any]) -> Trace:
     """Run ``call`` once under torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
-        with torch.profiler.record_function(STEP):
-            call()
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
+    with profiler, torch.profiler.record_function(STEP):
+        call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

@@ -2,8 +2,8 @@
 
     python benchmarks/kv.py [--quick] [--only REGEX] [--rounds N] [--json PATH]
 
-Contenders: Hugging Face's DynamicCache and StaticCache run eagerly, stock Inductor with StaticCache, and ascend_opt with
-StaticCache, DynamicCache and PagedKVCache, all on the same model, weights and cached tokens, with SDPA attention, bf16.
+Contenders: Hugging Face's DynamicCache and StaticCache run eagerly, stock Inductor with StaticCache, and ascend_opt
+with StaticCache, DynamicCache and PagedKVCache, all on the same model, weights and cached tokens, SDPA attention, bf16.
 "step" rows are one decode step of Qwen3-0.6B or ds3-small (latent attention) for batch x context tokens; where a row
 says fewer layers than the model has, its vocabulary is cut in the same proportion, so that every part keeps its share.
 "attention" rows are the cache update and the attention of all layers alone: the difference that the layout makes.
@@ -29,6 +29,8 @@ from typing import Any
 
 import _harness as h
 import _kv_caches as caches
+import _kv_long as long
+import _kv_waste as waste
 import _machine
 import _memory
 import _models
@@ -44,7 +46,7 @@ SHARE = 1.2e9  # bytes that one contender's cache may take: all of them are in m
 LATENT = ((1, 4096), (16, 1024))  # batch and context of the rows of ds3-small
 ATTENTION = ((1, 4096), (1, 32768), (4, 4096), (16, 1024), (16, 4096))
 BIG = 16  # the batch of the goals
-GOAL_STEP, GOAL_APPEND, GOAL_PAGED = 1.2, 0.02, 0.95
+GOAL_STEP, GOAL_APPEND, GOAL_PAGED, GOAL_LONG = 1.2, 0.02, 0.95, 0.5
 
 
 def layers_of(model: str, batch: int, context: int) -> int:
@@ -85,7 +87,8 @@ def label(case: dict[str, Any]) -> str:
 
 
 def contenders_of(case: dict[str, Any]) -> tuple[str, ...]:
-    return CONTENDERS
+    """Requests are packed by whole models only."""
+    return tuple(c for c in CONTENDERS if c != "ours-packed" or case["kind"] == "step")
 
 
 # --- what a row says -------------------------------------------------------------------------------------------------
@@ -198,7 +201,9 @@ def measure(selected: list[dict[str, Any]], machine: _machine.Machine, rounds: i
 
 def main() -> None:
     def more(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--only", metavar="REGEX", default="", help="rows whose name matches, such as 'step.* 16x'")
+        parser.add_argument(
+            "--only", metavar="REGEX", default="", help="rows whose name matches: 'step.* 16x', waste, long"
+        )
         parser.add_argument("--rounds", type=int, default=5, help="timed rounds per row")
 
     args = h.arguments(__doc__, more)
@@ -210,7 +215,25 @@ def main() -> None:
     rows = measure(selected, machine, 3 if args.quick else args.rounds)
     for head, line in ((HEAD, _line), (MEMORY_HEAD, _memory_line)):
         h.say("\n" + h.table(head, [line(r) for r in rows]) if rows else "")
-    h.result("kv", *summary(rows), args.json, machine=machine, rows=[r.to_dict() for r in rows])
+    values, goals = summary(rows)
+    if re.search(args.only, "waste"):
+        values |= uneven()
+        goals |= {"waste": f"<{caches.PAGE}", "orphans": 0}
+    if re.search(args.only, "long"):
+        values |= long.report(args.quick)
+        goals |= {"long_saving": GOAL_LONG, "long_wrong_steps": 0}
+    h.result("kv", values, goals, args.json, machine=machine, rows=[r.to_dict() for r in rows])
+
+
+def uneven() -> dict[str, Any]:
+    """Run the uneven requests through the block pool and through padded batches."""
+    queue = waste.requests()
+    pages, rows = waste.paged(queue, caches.PAGE), waste.padded(queue)
+    h.say(f"\n{len(queue)} uneven requests, {waste.RUNNING} at a time; token slots taken per token stored:")
+    h.say(f"  pages of {caches.PAGE}: {pages.factor:.3f}, at worst {pages.worst} slots of a sequence not filled,")
+    h.say(f"  {pages.orphans} orphaned pages at any time, {pages.left} still held at the end")
+    h.say(f"  padded to the longest of {waste.RUNNING}: {rows.factor:.2f}")
+    return {"waste": pages.worst, "orphans": pages.orphans + pages.left, "padding_factor": rows.factor}
 
 
 if __name__ == "__main__":
