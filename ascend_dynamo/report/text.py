@@ -57,7 +57,7 @@ def format_table(t: Table) -> list[str]:
     """Aligned columns; long cells wrap inside their column."""
     cells = [[textwrap.wrap(c, _WIDEST, break_long_words=False) or [""] for c in row] for row in (t.head, *t.rows)]
     widths = [max(len(line) for row in cells for line in row[i]) for i in range(len(t.head))]
-    lines = [t.title, "-" * len(t.title)] + ([t.note] if t.note else [])
+    lines = [t.title, "-" * len(t.title), *textwrap.wrap(t.note, 2 * _WIDEST)]
     for row in cells:
         for k in range(max(len(cell) for cell in row)):
             parts = [(cell[k] if k < len(cell) else "").ljust(w) for cell, w in zip(row, widths, strict=True)]
