@@ -23,7 +23,7 @@ class PageSource(Protocol):
 
     page_size: int
 
-    def reserve(self, before: list[int], tokens: int) -> list[tuple[int, Sequence[int]]]:
+    def reserve(self, before: list[int], tokens: int) -> Sequence[tuple[int, Sequence[int]]]:
         """Pages so that row b holds ``before[b] + tokens`` tokens. Per row the first table column that may have changed
         and the entries from it on, -1 where a page is absent. Asking twice for the same gives the same."""
         ...

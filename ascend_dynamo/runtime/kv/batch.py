@@ -62,8 +62,10 @@ class PackedView(Cache):
     """What the model takes for a cache: ``update`` writes the packed tokens' keys and values to their pages and hands
     them back as they are; attention reads the pages."""
 
-    def __init__(self, layers: list[PagedLayer], groups: Sequence[int]) -> None:
-        super().__init__(layers=layers)
+    layers: list[PagedLayer]  # type: ignore[assignment]  # of the same kind all
+
+    def __init__(self, layers: Sequence[PagedLayer], groups: Sequence[int]) -> None:
+        super().__init__(layers=[*layers])
         self.group_of = tuple(groups)
         self.slot_mappings: tuple[Tensor, ...] = ()
 
@@ -155,7 +157,7 @@ class PagedRequests:
         starts = [0, *accumulate(map(len, news.values()))]
         spans = list(zip(begins, ends, strict=True))
         padding, empty = [0] * (tokens - starts[-1]), [0] * (rows - len(news))
-        view = PackedView(list(self.cache.layers), self._group_of)
+        view = PackedView(self.cache.layers, self._group_of)
         device = groups[0].device
         for group, want in zip(groups, wanted, strict=True):
             slots = [slot for s, span in zip(want, spans, strict=True) for slot in group.pool.slots(s, *span)]

@@ -11,13 +11,15 @@ from transformers import Cache
 
 from ascend_dynamo.contracts import Lowering
 from ascend_dynamo.errors import UnsupportedCacheError
+from ascend_dynamo.memory.units import parse_bytes
 from ascend_dynamo.runtime.kv.group import PageGroup
 from ascend_dynamo.runtime.kv.layer import PagedLayer
 from ascend_dynamo.runtime.kv.layer_kinds import LayerKind, layer_kinds
 from ascend_dynamo.runtime.kv.page_sizes import checked_page_size
 from ascend_dynamo.runtime.kv.pool import BlockPool
 from ascend_dynamo.runtime.kv.records import PoolStatistics
-from ascend_dynamo.runtime.kv.store import Allocate, zeros
+from ascend_dynamo.runtime.kv.store import Allocate, PoolMemory, zeros
+from ascend_dynamo.runtime.pool import MemoryPool
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,11 @@ class CacheStatistics:
 class PagedKVCache(Cache):
     """Keys and values of a batch in pages; ``model.generate(..., past_key_values=PagedKVCache(model.config, ...))``.
 
-    Give the size as one of ``num_pages``, ``max_tokens`` (over all sequences together) or ``memory`` (bytes over all
-    layers); ``page_size`` in tokens (default: what the target recommends). ``max_length`` is the longest sequence
-    (default: what the pool, and the model's positions, can hold); ``sliding_pages`` the pages of layers with a sliding
-    window (default: as many). ``dtype`` of the pages (default: that of the keys), or ``quantization="int8"``.
-    ``allocate(shape, dtype, device)`` may give the memory (zeroed).
+    Give the size as one of ``num_pages``, ``max_tokens`` (over all sequences together) or ``memory`` (over all layers:
+    bytes, or "2GB"); ``page_size`` in tokens (default: what the target recommends). ``max_length`` is the longest
+    sequence (default: what the pool, and the model's positions, can hold); ``sliding_pages`` the pages of layers with a
+    sliding window (default: as many). ``dtype`` of the pages (default: that of the keys), or ``quantization="int8"``.
+    The memory comes out of ``pool``, if one is given; ``close`` gives it back.
 
     All sequences of a batch have the same logical length; of left padding, pages that hold nothing else are not stored
     after ``set_padding(attention_mask)``. Layers with a sliding window give pages back once nothing can see them.
@@ -62,7 +64,7 @@ class PagedKVCache(Cache):
         *,
         num_pages: int | None = None,
         max_tokens: int | None = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         page_size: int | None = None,
         max_length: int | None = None,
         sliding_pages: int | None = None,
@@ -70,7 +72,7 @@ class PagedKVCache(Cache):
         quantization: Literal["int8"] | None = None,
         device: torch.device | str = "cpu",
         target: str | Lowering = "auto",
-        allocate: Allocate = zeros,
+        pool: MemoryPool | None = None,
     ) -> None:
         if quantization not in (None, "int8"):
             raise UnsupportedCacheError(f"quantization={quantization!r}: pages are kept as they are (None) or 'int8'")
@@ -79,27 +81,34 @@ class PagedKVCache(Cache):
         model_dtype = dtype or getattr(text, "dtype", None) or torch.float32
         kept = torch.int8 if quantization else model_dtype
         size = checked_page_size(page_size, target, kept)
-        pages = _count(kinds, size, kept.itemsize, quantization is not None, num_pages, max_tokens, memory)
+        pages = _count(
+            kinds, size, kept.itemsize, quantization is not None, sliding_pages, num_pages, max_tokens, memory
+        )
         if max_length is None:
             max_length = min(pages * size, getattr(text, "max_position_embeddings", None) or pages * size)
-        width = -(-max_length // size)
         self.quantization = quantization
-        self.groups: list[PageGroup] = []
-        by_window: dict[int | None, PageGroup] = {}
-        layers = []
-        for kind in kinds:
-            group = by_window.get(kind.window)
-            if group is None:
-                count = pages if kind.window is None else sliding_pages or pages
-                pool = BlockPool(count, size, window=kind.window)
-                group = by_window[kind.window] = PageGroup(pool, width, torch.device(device))
-                self.groups.append(group)
-            layers.append(
-                PagedLayer(group, kind, dtype, guess=model_dtype, quantized=quantization is not None, allocate=allocate)
-            )
+        self._memory = None if pool is None else PoolMemory(pool)
+        take: Allocate = self._memory or zeros
+        groups: dict[int | None, PageGroup] = {}
+        for window in dict.fromkeys(kind.window for kind in kinds):
+            blocks = BlockPool(pages if window is None else sliding_pages or pages, size, window=window)
+            groups[window] = PageGroup(blocks, -(-max_length // size), torch.device(device))
+        self.groups = list(groups.values())
         for group in self.groups:
             group.peers = [other for other in self.groups if other is not group]
-        super().__init__(layers=layers)
+        quantized = quantization is not None
+        try:
+            layers = [
+                PagedLayer(groups[kind.window], kind, dtype, guess=model_dtype, quantized=quantized, allocate=take)
+                for kind in kinds
+            ]
+        except BaseException:
+            if self._memory is not None:
+                self._memory.free()
+            raise
+        super().__init__(layers=[*layers])
+
+    layers: list[PagedLayer]  # type: ignore[assignment]  # of the same kind all
 
     @property
     def page_size(self) -> int:
@@ -165,6 +174,13 @@ class PagedKVCache(Cache):
         for group in self.groups:
             group.reset()
 
+    def close(self) -> None:
+        """Give memory that came from a ``MemoryPool`` back to it; the cache is of no use afterwards."""
+        self.reset()
+        if self._memory is not None:
+            self._memory.free()
+            self.layers.clear()
+
     def dense(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Keys [B,Hk,length,D] and values of a layer, gathered (and dequantised): a copy, for looking at."""
         layer = self.layers[layer_idx]
@@ -190,18 +206,25 @@ def _count(
     size: int,
     itemsize: int,
     scales: bool,
+    sliding_pages: int | None,
     num_pages: int | None,
     max_tokens: int | None,
-    memory: int | None,
+    memory: int | str | None,
 ) -> int:
-    given = [value for value in (num_pages, max_tokens, memory) if value is not None]
-    if len(given) != 1:
-        raise UnsupportedCacheError("give the size of a PagedKVCache as one of num_pages, max_tokens, memory (bytes)")
+    if sum(value is not None for value in (num_pages, max_tokens, memory)) != 1:
+        raise UnsupportedCacheError("give the size of a PagedKVCache as one of num_pages, max_tokens, memory")
     if num_pages is not None:
         return num_pages
     if max_tokens is not None:
         return -(-max_tokens // size)
-    page = size * sum(kind.bytes_per_token(itemsize, scales) for kind in kinds)
-    if given[0] < page:
-        raise UnsupportedCacheError(f"memory={given[0]} bytes hold no page: one of {size} tokens takes {page}")
-    return given[0] // page
+    budget = parse_bytes(memory)  # type: ignore[arg-type]  # the one of the three that was given
+    page = 0
+    for kind in kinds:
+        one = size * kind.bytes_per_token(itemsize, scales)
+        if kind.window is not None and sliding_pages is not None:
+            budget -= sliding_pages * one
+        else:
+            page += one
+    if budget < page or not page:
+        raise UnsupportedCacheError(f"memory={memory!r} holds no page: one of {size} tokens takes {page} bytes")
+    return budget // page

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,12 +13,35 @@ from ascend_dynamo import dialect as _dialect  # registers the operators  # noqa
 from ascend_dynamo._torch_compat import mark_static_sizes
 from ascend_dynamo.runtime.kv.records import ABSENT
 
+if TYPE_CHECKING:
+    from ascend_dynamo.runtime.pool import MemoryPool
+
 Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fresh pages. Zeros cost nothing until they are touched: the system gives zeroed memory page by page."""
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+class PoolMemory:
+    """Zeroed pages out of a ``MemoryPool``, which ``free`` gives back."""
+
+    def __init__(self, pool: MemoryPool) -> None:
+        self.pool = pool
+        self.taken: list[Tensor] = []
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        tensor = self.pool.tensor(shape, dtype)
+        self.taken.append(tensor)
+        return tensor.zero_()
+
+    def free(self) -> None:
+        while self.taken:
+            self.pool.free(self.taken.pop())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Allocate:
+        return zeros
 
 
 class PageStore:
@@ -47,6 +72,15 @@ class PageStore:
         if not torch.compiler.is_compiling():
             for tensor in self.tensors:  # else dynamic=True would make every size of every layer a symbol
                 mark_static_sizes(tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageStore:
+        """Memory of its own, of the pages only: copying a tensor would copy the reservation that it lies in."""
+        new = copy.copy(self)
+        memo[id(self)] = new
+        for name in ("keys", "values", "k_scale", "v_scale"):
+            tensor = getattr(self, name)
+            setattr(new, name, None if tensor is None else mark_static_sizes(tensor.clone()))
+        return new
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -216,6 +216,25 @@ def test_sizes_by_tokens_and_by_bytes() -> None:
             PagedKVCache(config, **sizes)
 
 
+def test_memory_out_of_a_pool() -> None:
+    from ascend_dynamo.errors import PoolError
+    from ascend_dynamo.runtime.pool import MemoryPool
+
+    model = model_of("tiny-qwen3")
+    ids = prompt(model, 1, 9)
+    pool = MemoryPool("2MB", "64KB")
+    cache = PagedKVCache(model.config, memory="1MB", page_size=4, dtype=torch.float32, pool=pool)
+    assert torch.equal(logits(model, ids, cache), logits(model, ids, dynamic(model)))
+    assert pool.statistics().used == cache.statistics().bytes_allocated <= 1 << 20
+    own = copy.deepcopy(cache)  # from the heap, and only the pages
+    with pytest.raises(PoolError):
+        PagedKVCache(model.config, memory="1500KB", page_size=4, dtype=torch.float32, pool=pool)
+    assert pool.statistics().used == cache.statistics().bytes_allocated
+    cache.close()
+    assert pool.statistics().used == 0
+    logits(model, ids[:, :1], own)
+
+
 def test_page_sizes_are_the_targets() -> None:
     from ascend_dynamo.lowering.npu_pages import npu_page_sizes
     from ascend_dynamo.lowering.reference import ReferenceLowering
