@@ -81,9 +81,8 @@ class PagedKVCache(Cache):
         model_dtype = dtype or getattr(text, "dtype", None) or torch.float32
         kept = torch.int8 if quantization else model_dtype
         size = checked_page_size(page_size, target, kept)
-        pages = _count(
-            kinds, size, kept.itemsize, quantization is not None, sliding_pages, num_pages, max_tokens, memory
-        )
+        quantized = quantization is not None
+        pages = _count(kinds, size, kept.itemsize, quantized, sliding_pages, num_pages, max_tokens, memory)
         if max_length is None:
             max_length = min(pages * size, getattr(text, "max_position_embeddings", None) or pages * size)
         self.quantization = quantization
@@ -96,7 +95,6 @@ class PagedKVCache(Cache):
         self.groups = list(groups.values())
         for group in self.groups:
             group.peers = [other for other in self.groups if other is not group]
-        quantized = quantization is not None
         try:
             layers = [
                 PagedLayer(groups[kind.window], kind, dtype, guess=model_dtype, quantized=quantized, allocate=take)

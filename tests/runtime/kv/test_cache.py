@@ -212,7 +212,7 @@ def test_sizes_by_tokens_and_by_bytes() -> None:
     assert cache.statistics().bytes_used == 2 * page
     assert PagedKVCache(config, max_tokens=33, page_size=16).groups[0].pool.pages.total == 3
     for sizes in ({}, {"num_pages": 3, "max_tokens": 4}, {"memory": 100}):
-        with pytest.raises(UnsupportedCacheError, match=r"one of num_pages|hold no page"):
+        with pytest.raises(UnsupportedCacheError, match=r"one of num_pages|holds no page"):
             PagedKVCache(config, **sizes)
 
 
