@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from ascend_dynamo.memory.buffers import Buffer
+from ascend_dynamo.memory.instances import read_csv, write_csv
 from ascend_dynamo.memory.lifetimes import Lifetime, Liveness
 from ascend_dynamo.memory.liveness import lifetimes_of, liveness
 from ascend_dynamo.memory.plan import Plan, assign_offsets, plan
 
-__all__ = ["Buffer", "Lifetime", "Liveness", "Plan", "assign_offsets", "lifetimes_of", "liveness", "plan"]
+__all__ = [
+    "Buffer",
+    "Lifetime",
+    "Liveness",
+    "Plan",
+    "assign_offsets",
+    "lifetimes_of",
+    "liveness",
+    "plan",
+    "read_csv",
+    "write_csv",
+]

@@ -7,6 +7,8 @@ found useful. All are deterministic: ties go to the buffer that was given first.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -99,3 +101,56 @@ def orders(problem: Problem) -> Iterator[tuple[str, Ints]]:
     ]
     for name, columns in keys:
         yield name, np.lexsort(columns)
+
+
+PLACEMENTS = 12_000  # how many buffers may be placed in all: about half a second
+CHANGES = 40_000  # likewise for the local search
+
+
+def best(problem: Problem, target: int) -> tuple[Ints, str]:
+    """The lowest plan of several orders, and its name; stops at ``target``. Never above greedy-by-size."""
+    found, name = greedy_by_size(problem), "greedy by size"
+    height = problem.height(found)
+    tries = (
+        (f"{order}, {fit} fit", rows, fit == "best") for order, rows in orders(problem) for fit in ("first", "best")
+    )
+    for tried, rows, tight in itertools.islice(tries, max(3, PLACEMENTS // max(1, len(problem)))):
+        if height <= target:
+            break
+        offsets = place(problem, rows, best=tight)
+        if problem.height(offsets) < height:
+            found, height, name = offsets, problem.height(offsets), tried
+    return found, name
+
+
+def improve(problem: Problem, offsets: Ints, target: int, *, seconds: float, seed: int = 0) -> Ints:
+    """Local search over orders, from the order of the given offsets: what reaches the top moves ahead, and pairs swap.
+
+    A change stays if the plan is not higher. The same seed gives the same plan wherever ``seconds`` do not end the
+    search before its number of changes does.
+    """
+    rng = np.random.default_rng(seed)
+    deadline = time.monotonic() + seconds
+    found, height = offsets, problem.height(offsets)
+    order = np.lexsort((-problem.size, offsets))
+    for _ in range(CHANGES // max(1, len(problem))):
+        if height <= target or time.monotonic() > deadline:
+            break
+        changed = order.copy()
+        ends = (found + problem.size)[order]
+        top = int(rng.choice(np.flatnonzero(ends == height)))
+        _move(changed, top, int(rng.integers(0, top + 1)))
+        if rng.random() < 0.5:
+            a, b = rng.integers(0, len(order), 2)
+            changed[[a, b]] = changed[[b, a]]
+        tried = place(problem, changed)
+        if problem.height(tried) <= height:
+            order, found, height = changed, tried, problem.height(tried)
+    return found
+
+
+def _move(order: Ints, source: int, target: int) -> None:
+    """One element further to the front."""
+    row = order[source]
+    order[target + 1 : source + 1] = order[target:source].copy()
+    order[target] = row

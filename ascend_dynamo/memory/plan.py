@@ -1,4 +1,8 @@
-"""Where each buffer lies in one block of memory: dynamic storage allocation, offline."""
+"""Where each buffer lies in one block of memory: dynamic storage allocation, offline.
+
+Orders of placing first (``heuristic.py``), then exact search (``exact.cpp``) where they miss the bound; see there for
+the papers.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ascend_dynamo.errors import CapacityError, MemoryPlanError
-from ascend_dynamo.memory import heuristic
 from ascend_dynamo.memory.buffers import Buffer, check_buffers, lower_bound
 from ascend_dynamo.memory.problem import problem_of
+from ascend_dynamo.memory.strategy import solve
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def assign_offsets(
         buffers: what to place; those with an ``offset`` are reserved regions and stay where they are.
         capacity: bytes that the plan may take; None: as few as can be found.
         alignment: every offset is a multiple of this and of the buffer's own alignment.
-        seconds: the most time that the search may take.
+        seconds: about the most time that the search may take, where placing in several orders is not enough; without a
+            search, buffers are placed in half a second. Plans are repeatable wherever the search ends by itself.
 
     Raises:
         MemoryPlanError: the buffers make no sense (see ``check_buffers``).
@@ -103,21 +108,23 @@ def assign_offsets(
             needed=bound,
             capacity=capacity,
         )
-    offsets = {b.id: b.offset or 0 for b in buffers}
     used = [b for b in buffers if b.size > 0]
     problem = problem_of(used, alignment)
-    found = heuristic.greedy_by_size(problem)
-    offsets.update(zip((b.id for b in used), (int(o) for o in found), strict=True))
-    size = problem.height(found)
-    plan_ = Plan(offsets, max(size, bound), bound, size <= problem.bound(), "greedy by size", buffers)
-    if capacity is not None and plan_.size > capacity:
+    answer = solve(problem, capacity, seconds)
+    offsets = {b.id: b.offset or 0 for b in buffers}
+    offsets.update(zip((b.id for b in used), (int(o) for o in answer.offsets), strict=True))
+    size = max(problem.height(answer.offsets), bound)
+    made = Plan(offsets, size, bound, size <= answer.proven, answer.method, buffers)
+    if capacity is not None and size > capacity:
+        least = max(answer.proven, bound)
+        why = f"no plan takes less than {least}" if least > capacity else f"none was found in {seconds:g} s"
         raise CapacityError(
-            f"no plan within {capacity} bytes was found: the best takes {plan_.size}",
-            needed=plan_.size,
+            f"no plan within the capacity of {capacity} bytes: {why}; the best takes {size}, {size - capacity} more",
+            needed=size,
             capacity=capacity,
-            plan=plan_,
+            plan=made,
         )
-    return plan_
+    return made
 
 
 def plan(buffers: Sequence[tuple[int, int, int]], *, seconds: float = 10.0) -> list[int]:

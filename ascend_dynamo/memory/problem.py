@@ -34,12 +34,16 @@ class Problem:
         """Bytes that a plan takes."""
         return int((offsets + self.size).max()) if len(self) else 0
 
+    def unit(self) -> int:
+        """Bytes of which every offset is a multiple."""
+        return int(np.gcd.reduce(np.concatenate([self.align, np.maximum(self.fixed, 0)])))
+
     def bound(self) -> int:
         """Bytes that every plan needs. Where all offsets are multiples of g bytes, whatever lies below another buffer
         takes a multiple of g, so the peak counts rounded sizes, less the most that the rounding of one can add."""
         if not len(self):
             return 0
-        unit = int(np.gcd.reduce(np.concatenate([self.align, np.maximum(self.fixed, 0)])))
+        unit = self.unit()
         stacked = -(-self.size // unit) * unit
         times = np.concatenate([self.end, self.start])
         order = np.argsort(times, kind="stable")
