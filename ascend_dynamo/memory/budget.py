@@ -114,7 +114,8 @@ class MemoryBudget:
 
         ``example`` says which gear the graph was compiled with: its symbolic sizes are told apart by their values
         there (a graph compiled without a cache has its chunk as its only length). ``config`` is the transformers
-        configuration that tells the KV cache; what the graph was passed as a cache is not counted again.
+        configuration that tells the KV cache; what the graph was passed as a cache is not counted again. Where a call
+        was recorded, what its kernels allocated beyond the prediction becomes the ``workspace``.
         """
         kinds: Sequence[LayerKind] = ()
         if config is not None:
@@ -122,6 +123,8 @@ class MemoryBudget:
 
             kinds = layer_kinds(config)
             more.setdefault("kv_dtype", getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32)
+        if record.recorded is not None:
+            more.setdefault("workspace", max(0, record.recorded - record.lower_bound))
         return cls(record.weights + record.derived, tuple(kinds), _Activations(record, example), **more)
 
     def page_bytes(self) -> int:

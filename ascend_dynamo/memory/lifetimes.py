@@ -23,8 +23,8 @@ Size = Any  # int, or a sympy expression over the program's size symbols
 class Lifetime:
     """One allocation. ``start`` and ``end`` are steps (end exclusive), ``bytes`` an int or a sympy expression.
 
-    ``op`` made it, ``src`` is the user's (file, line), ``output`` tells that it escapes to the caller, ``inner`` that
-    an operator allocates it for itself (workspace), ``device`` is the device type that it lies on.
+    ``op`` made it, ``src`` is the user's (file, line), ``output`` tells that it escapes to the caller, ``device`` is
+    the device type that it lies on.
     """
 
     id: str
@@ -34,7 +34,6 @@ class Lifetime:
     op: str = ""
     src: tuple[str, int] | None = None
     output: bool = False
-    inner: bool = False
     device: str = "cpu"
 
 

@@ -9,7 +9,7 @@ inner nodes mean nothing, a ``reshape`` counts as a copy where the fake strides 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -25,7 +25,6 @@ from ascend_dynamo.memory.lifetimes import Lifetime, Liveness, Size, Symbol
 
 _aten = torch.ops.aten
 Owner = tuple[fx.Node, int]  # the call that allocates, and which of its results
-Inside = Callable[[fx.Node], Liveness | None]
 
 # The schema says "view", but the result may be a copy: it is one unless a view with its sizes exists.
 _MAYBE = frozenset(
@@ -47,23 +46,18 @@ def lifetimes_of(gm: fx.GraphModule, sizes: Mapping[str, int] | None = None) -> 
     return liveness(gm).buffers(sizes)
 
 
-def liveness(gm: fx.GraphModule, *, inside: Inside | None = None) -> Liveness:
-    """The lifetimes of every allocation of ``gm``; steps are its calls in program order.
-
-    ``inside(node)`` may tell what an operator allocates for itself (one run of it): its workspace then counts, and
-    the call takes as many steps as that run has.
-    """
-    return _Walk(gm, inside).run()
+def liveness(gm: fx.GraphModule) -> Liveness:
+    """The lifetimes of every allocation of ``gm``; steps are its calls in program order. What an operator allocates for
+    itself while it runs (workspace) is not seen."""
+    return _Walk(gm).run()
 
 
 class _Walk:
-    def __init__(self, gm: fx.GraphModule, inside: Inside | None) -> None:
+    def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self.inside = inside
         self.owners: dict[fx.Node, frozenset[Owner]] = {}
         self.born: dict[Owner, int] = {}
         self.last: dict[Owner, int] = {}  # the end of the last step that may touch it
-        self.workspace: list[Lifetime] = []
         self.labels: list[str] = []
 
     def run(self) -> Liveness:
@@ -77,7 +71,7 @@ class _Walk:
         steps = len(self.labels)
         found = [self._lifetime(o, steps, o in escaped) for o in self.born]
         return Liveness(
-            tuple(sorted([*found, *self.workspace], key=lambda x: (x.start, x.id))),
+            tuple(sorted(found, key=lambda x: (x.start, x.id))),
             steps,
             symbols_of(self.gm),
             labels=tuple(self.labels),
@@ -90,10 +84,7 @@ class _Walk:
             self._touch(node)
             return
         start = len(self.labels)
-        nested = None if self.inside is None else self.inside(node)
-        self.labels += [_label(node)] * max(1, nested.steps if nested else 1)
-        if nested is not None:
-            self._nest(node, nested, start)
+        self.labels.append(_label(node))
         fresh = range(len(_results(node))) if shared is None else _fresh_beside_views(node)
         new = frozenset((node, i) for i in fresh if isinstance(_results(node)[i], torch.Tensor))
         for owner in new:
@@ -119,14 +110,6 @@ class _Walk:
         if not sources or (node.target in _MAYBE and not _is_view(node, sources[0])):
             return None if _results(node) else frozenset()
         return frozenset(o for s in sources for o in self.owners[s])
-
-    def _nest(self, node: fx.Node, nested: Liveness, start: int) -> None:
-        src = provenance.src(node)
-        for x in nested.lifetimes:
-            if not x.output:
-                name = f"{node.name}.{x.id}"
-                moved = Lifetime(name, start + x.start, start + x.end, x.bytes, x.op, src, inner=True, device=x.device)
-                self.workspace.append(moved)
 
     def _lifetime(self, owner: Owner, steps: int, escapes: bool) -> Lifetime:
         node, index = owner

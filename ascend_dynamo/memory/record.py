@@ -25,7 +25,7 @@ QUICK = 0.02  # seconds that a plan may take while somebody waits for the compil
 @dataclass(frozen=True)
 class MemoryBlock:
     """One allocation: live during steps ``start <= step < end``, at ``offset`` in the arena (None: an output, or on
-    another device). ``formula`` spells the bytes where sizes are symbolic; ``inner`` is an operator's workspace."""
+    another device). ``formula`` spells the bytes where sizes are symbolic."""
 
     id: str
     start: int
@@ -35,7 +35,6 @@ class MemoryBlock:
     src: tuple[str, int] | None = None
     offset: int | None = None
     output: bool = False
-    inner: bool = False
     formula: str = ""
 
 
@@ -90,9 +89,7 @@ class MemoryRecord:
             Symbol(k, i, None, n, source=self.names.get(k, "")) for i, (k, n) in enumerate(self.sizes.items())
         )
         lives = tuple(
-            Lifetime(
-                b.id, b.start, b.end, size_of_text(b.formula) if b.formula else b.bytes, b.op, b.src, b.output, b.inner
-            )
+            Lifetime(b.id, b.start, b.end, size_of_text(b.formula) if b.formula else b.bytes, b.op, b.src, b.output)
             for b in self.blocks
             if b.offset is not None or b.output
         )
@@ -150,7 +147,6 @@ def _blocks(found: Liveness, concrete: Liveness, plan: Plan) -> list[MemoryBlock
             x.src,
             plan.offsets.get(x.id),
             x.output,
-            x.inner,
             "" if isinstance(symbolic.bytes, int) else str(symbolic.bytes),
         )
         for symbolic, x in zip(found.lifetimes, concrete.lifetimes, strict=True)

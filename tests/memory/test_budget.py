@@ -175,6 +175,13 @@ def test_a_model_is_forecast_without_a_run_and_evaluated_for_other_gears():
     assert not fit and fit.needed.kv == 64 * 4096 * TOKEN
 
 
+def test_what_kernels_took_beyond_the_prediction_is_workspace():
+    record = forecast(nn.Linear(4, 4).eval(), torch.randn(6, 4), options={"target": "reference"})
+    record.recorded = record.lower_bound + 500
+    assert MemoryBudget.of(record, Gear(6, 1, 1)).workspace == 500
+    assert MemoryBudget.of(record, Gear(6, 1, 1), workspace=3).workspace == 3
+
+
 def test_a_forecast_runs_nothing():
     model = Wide().eval()
     record = forecast(model, torch.randn(9, 16), options={"target": "reference"})
