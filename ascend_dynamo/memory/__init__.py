@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ascend_dynamo.memory.budget import Fit, Gear, MemoryBudget
 from ascend_dynamo.memory.buffers import Buffer
+from ascend_dynamo.memory.forecast import forecast
 from ascend_dynamo.memory.instances import read_csv, write_csv
 from ascend_dynamo.memory.lifetimes import Lifetime, Liveness
 from ascend_dynamo.memory.liveness import lifetimes_of, liveness
@@ -10,10 +12,14 @@ from ascend_dynamo.memory.plan import Plan, assign_offsets, plan
 
 __all__ = [
     "Buffer",
+    "Fit",
+    "Gear",
     "Lifetime",
     "Liveness",
+    "MemoryBudget",
     "Plan",
     "assign_offsets",
+    "forecast",
     "lifetimes_of",
     "liveness",
     "plan",
