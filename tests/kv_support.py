@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import _kv_caches
 import _models
 
 from ascend_dynamo.backend import Backend
 
-__all__ = ["Watch", "Watched", "_models", "addresses", "tokens"]
+__all__ = ["Watch", "Watched", "_kv_caches", "_models", "addresses", "tokens"]
 
 
 class Watch(TorchDispatchMode):
@@ -76,4 +77,4 @@ def tokens(step: Callable[..., Any], cache: Any, first: Tensor, steps: int, **mo
 
 def addresses(cache: Any) -> list[int]:
     """Where the cache keeps its keys and values."""
-    return [t.data_ptr() for layer in cache.layers for t in (layer.keys, layer.values)]
+    return [t.data_ptr() for t in _kv_caches.buffers(cache)]

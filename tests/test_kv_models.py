@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from kv_support import Watched, _models, addresses, tokens
+from kv_support import Watched, _kv_caches, _models, addresses, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ascend_dynamo.runtime.kv import PagedKVCache
 
 tf.logging.set_verbosity_error()
 BATCH, PROMPT, STEPS, ROOM = 2, 70, 8, 96
@@ -42,12 +44,14 @@ def dynamic(model: Any) -> Any:
     return tf.DynamicCache(config=model.config)
 
 
-MAKE = {"static": static, "dynamic": dynamic}
+def paged(model: Any, **more: Any) -> Any:
+    size = {"max_tokens": BATCH * ROOM, "max_length": ROOM, "page_size": 16, "target": "reference", **more}
+    return PagedKVCache(model.config, **size)
 
 
 def elements(cache: Any) -> int:
-    """Of the smallest tensor of stored keys or values."""
-    return min(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
+    """Of the smallest tensor of keys or values of one prompt."""
+    return min(t.numel() for t in _kv_caches.buffers(cache))
 
 
 def prefilled(model: Any, make: Callable[[Any], Any], prompt: Tensor) -> tuple[Any, Tensor]:
@@ -164,6 +168,57 @@ def test_a_static_sliding_cache_before_and_behind_its_window(name: str):
     where = addresses(cache)
     assert torch.equal(tokens(step, cache, first, STEPS), expected(name))
     assert backend.graphs <= 2 and addresses(cache) == where
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-ds3", "tiny-gemma3"])
+def test_pages_are_written_and_read_in_place(name: str):
+    model = model_of(name)
+    (a, one), (b, two) = (prefilled(model, paged, prompt_of(model, seed)) for seed in (0, 1))
+    step, backend = compile_for(model, a, None)
+    where = addresses(a) + addresses(b)
+    found: list[list[Tensor]] = [[], []]
+    for _ in range(STEPS):
+        one, two = (tokens(step, c, ids, 1) for c, ids in ((a, one), (b, two)))
+        found[0].append(one)
+        found[1].append(two)
+    for seed in (0, 1):
+        assert torch.equal(torch.cat(found[seed], 1), expected(name, seed))
+    assert backend.graphs <= 2 and not backend.watch.copies, backend.watch.copies
+    assert addresses(a) + addresses(b) == where
+    assert a.statistics().largest_waste < a.page_size and a.statistics().orphans == 0
+    a.reset()
+    assert all(p.used == 0 for p in a.statistics().pools)
+
+
+def test_pages_can_be_cropped_reordered_and_used_again():
+    model = model_of("tiny-qwen3")
+    cache, first = prefilled(model, paged, prompt_of(model))
+    step, backend = compile_for(model, cache, None)
+    taken = tokens(step, cache, first, 4)
+    cache.crop(-3)
+    assert torch.equal(tokens(step, cache, taken[:, :1].clone(), STEPS - 1), expected("tiny-qwen3")[:, 1:])
+    swap = torch.tensor([1, 0])
+    cache.crop(-STEPS)
+    cache.reorder_cache(swap)
+    assert torch.equal(tokens(step, cache, first[swap], STEPS), expected("tiny-qwen3")[swap])
+    cache.reset()
+    first = model(prompt_of(model, 1), past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    assert torch.equal(tokens(step, cache, first, STEPS), expected("tiny-qwen3", 1))
+    assert backend.graphs <= 2
+
+
+def test_one_model_compiled_writes_pages_in_the_prompt_and_reads_them_after():
+    model = model_of("tiny-qwen3")
+    cache = paged(model)
+    backend = Watched(BATCH * 2 * PROMPT * 128)
+    step = torch.compile(model, backend=backend)
+    first = step(prompt_of(model), past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    where = addresses(cache)
+    backend.watch.copies.clear()
+    assert torch.equal(tokens(step, cache, first, STEPS), expected("tiny-qwen3"))
+    assert backend.graphs <= 3 and not backend.watch.copies and addresses(cache) == where
+    ops = backend.backend.records[-1].after
+    assert ops.count("ascend.paged_attention") == 2 and "kv_gather" not in ops
 
 
 class Rows(nn.Module):
