@@ -88,4 +88,17 @@ def _equal(a: Any, b: Any, env: Any) -> bool:
 def retrace(unit: GraphUnit, decompositions: Mapping[Any, Any]) -> fx.GraphModule:
     """Trace ``unit.gm`` again with ``decompositions`` (op ─► function of the same arguments) applied."""
     values = [n.meta["val"] for n in unit.gm.graph.find_nodes(op="placeholder")]
-    return compat.retrace(unit.gm, lambda gm: _RestoreStrides(gm, unit.out_strides), values, dict(decompositions))
+    strides = _promised(unit)
+    return compat.retrace(unit.gm, lambda gm: _RestoreStrides(gm, strides), values, dict(decompositions))
+
+
+def _promised(unit: GraphUnit) -> Sequence[Any]:
+    """The strides promised for the outputs; none for a growing cache, which lies in its buffer as its operator says."""
+    (output,) = unit.gm.graph.find_nodes(op="output")
+    promised = list(unit.out_strides)
+    for i, leaf in enumerate(pytree.tree_leaves(output.args) if promised else ()):
+        while isinstance(leaf, fx.Node) and leaf.target is _aten.slice.Tensor:
+            leaf = leaf.args[0]
+        if isinstance(leaf, fx.Node) and leaf.target is torch.ops.ascend.kv_append.default:
+            promised[i] = None
+    return promised

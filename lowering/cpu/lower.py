@@ -29,6 +29,7 @@ _aten = torch.ops.aten
 _ascend = torch.ops.ascend
 _DTYPES = (torch.bfloat16, torch.float32)
 _TWINS = (_ascend.kv_write_functional.default, _ascend.mla_kv_write_functional.default)
+_WHOLE = (*_TWINS, _ascend.kv_append.default)  # a growing cache is memory, not a concatenation
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class CpuLowering:
     def compile(self, g: GraphUnit, key: CacheKey | None = None) -> CompiledArtifact:
         # The functional twins of cache writes stay whole: their references write into clones, and Inductor, which takes
         # its graphs to be functional, merges clones of equal values.
-        references = {spec.overload: spec.reference for spec in SPECS.values() if spec.overload not in _TWINS}
+        references = {spec.overload: spec.reference for spec in SPECS.values() if spec.overload not in _WHOLE}
         gm = retrace(g, {**compat.inductor_decompositions(), **references})
         values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
         inputs = g.gm.graph.find_nodes(op="placeholder")
