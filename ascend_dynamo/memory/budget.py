@@ -217,6 +217,7 @@ class _Activations:
         self.found = record.lifetimes()
         self.values = {s.name: s.hint for s in self.found.symbols}
         self.roles = _roles(example)
+        self.known: dict[tuple[int, ...], int] = {}
         for value in set(self.roles.values()) & set(self.values.values()):
             twins = [r for r, v in self.roles.items() if v == value]
             if len(twins) > 1 and twins != ["chunk", "kv_length"]:  # the same where a prompt starts
@@ -232,7 +233,10 @@ class _Activations:
                 )
         by_value = {value: role for role, value in reversed(self.roles.items())}
         sizes = {s: wanted[by_value[v]] if v in by_value else v for s, v in self.values.items() if v is not None}
-        return needed_bytes(self.found, sizes)
+        key = tuple(sizes.values())
+        if key not in self.known:
+            self.known[key] = needed_bytes(self.found, sizes)
+        return self.known[key]
 
 
 def _roles(gear: Gear) -> dict[str, int]:

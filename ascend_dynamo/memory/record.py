@@ -19,7 +19,7 @@ from ascend_dynamo.memory.written_sizes import size_of_text
 
 log = logging.getLogger("ascend_dynamo.memory")
 
-QUICK = 0.02  # seconds that a plan may take while somebody waits for the compilation
+QUICK = 0.0  # seconds of search for a plan while somebody waits: only placing in several orders, which compiles nothing
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class MemoryRecord:
 
 
 def record_memory(unit: GraphUnit, found: Liveness, *, seconds: float = QUICK) -> MemoryRecord:
-    """The record of a graph whose run allocates ``found``; the plan may take ``seconds``.
+    """The record of a graph whose run allocates ``found``; the search for a plan may take ``seconds``.
 
     Sizes that only the data tells (the number of hits of a nonzero) count as 0, and ``unknown`` names them.
     """

@@ -60,6 +60,8 @@ def solve(problem: Problem, capacity: int | None, seconds: float) -> Answer:
 def _lower(part: Problem, offsets: Ints, name: str, target: int, seconds: float, *, final: bool) -> Answer:
     """Lower offsets than the given ones: to ``target`` if possible. With ``final`` nothing above it is of use."""
     answer = Answer(offsets, name, 0)
+    if seconds <= 0:
+        return answer  # no search was asked for, and none is compiled
     if not exact.available():
         answer.method += " (the exact search is not compiled)"
     elif len(part) <= LARGEST_SEARCH:
