@@ -44,6 +44,7 @@ TWINS: Mapping[Any, tuple[Any, tuple[str, ...]]] = {
     _ascend.mla_kv_write_functional.default: (_ascend.mla_kv_write.default, ("ckv_cache", "rope_cache")),
 }
 
+_CONSTRUCTORS = frozenset({_aten.zeros.default, _aten.full.default, _aten.empty.memory_format, _aten.ones.default})
 Kind = Literal["view", "write", "scatter", "cat", "call"]
 
 
@@ -67,6 +68,41 @@ def result_base(n: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if found is None or index < found.first:  # type: ignore[operator]
         return None
     return call, found.bases[index - found.first]  # type: ignore[operator]
+
+
+def bases_of(call: fx.Node) -> dict[int, fx.Node]:
+    """The memory that a functional call changes, by the index of the result that stands for it afterwards."""
+    if call.target in TWINS:
+        return dict(enumerate(written_by_twin(call)))
+    found = read_functionalized(call)
+    return {} if found is None else {found.first + j: base for j, base in enumerate(found.bases)}
+
+
+def made(n: Any) -> bool:
+    """True for a call that allocates and fills with a number: another such call is as good."""
+    return isinstance(n, fx.Node) and n.target in _CONSTRUCTORS
+
+
+def plan(graph: fx.Graph, facts: GraphFacts, copies: list[fx.Node]) -> list[Home]:
+    """A home for the target of each of ``copies``.
+
+    A call that changes several things is made in place for all of them or for none: a copy that is made only to be
+    written looks like a useless one to compilers that take graphs to be functional.
+    """
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    barred: dict[fx.Node, str] = {}
+    while True:
+        homes = [Home(copy, facts, position, barred) for copy in copies]
+        placed = {n for h in homes if not h.refused for n in h.path}
+        found: dict[fx.Node, str] = {}
+        for call in {e.node for h in homes if not h.refused for e in h.events}:
+            results = {u.args[1]: u for u in call.users if u.target is operator.getitem}
+            for index, base in bases_of(call).items():
+                if results.get(index) not in placed and not made(base):
+                    found[call] = f"%{call.name} changes %{base.name} too, which has to be copied"
+        if not found:
+            return homes
+        barred.update(found)
 
 
 def part_of(found: Functionalized, view: View) -> Path | None:
@@ -93,8 +129,10 @@ def written_by_twin(call: fx.Node) -> list[fx.Node]:
 class Home:
     """The plan for one input. ``refused`` says why it cannot stand, "" if it does."""
 
-    def __init__(self, copy: fx.Node, facts: GraphFacts, position: Mapping[fx.Node, int]) -> None:
-        self.copy, self.facts, self.position = copy, facts, position
+    def __init__(
+        self, copy: fx.Node, facts: GraphFacts, position: Mapping[fx.Node, int], barred: Mapping[fx.Node, str]
+    ) -> None:
+        self.copy, self.facts, self.position, self.barred = copy, facts, position, barred
         self.input: fx.Node = copy.args[0]  # type: ignore[assignment]
         self.path: dict[fx.Node, Path] = {self.input: ()}
         self.born: dict[fx.Node, int] = {self.input: -1}
@@ -144,6 +182,8 @@ class Home:
         if written is None:
             return f"%{n.name} is computed anew"
         call, base = written
+        if call in self.barred:
+            return self.barred[call]
         found = read_functionalized(call)
         if found is not None and any(v is not None and part_of(found, v) is None for v in found.views.values()):
             return f"%{call.name} writes a part that only strides describe"

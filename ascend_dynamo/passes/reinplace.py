@@ -29,14 +29,16 @@ from ascend_dynamo.passes.homes import (
     SCATTER,
     TWINS,
     Home,
+    bases_of,
+    made,
     part_of,
     parts_of,
+    plan,
     result_base,
     written_by_twin,
 )
 
 _aten = torch.ops.aten
-_CONSTRUCTORS = frozenset({_aten.zeros.default, _aten.full.default, _aten.empty.memory_format, _aten.ones.default})
 Lower = Callable[[GraphUnit, GraphFacts, fx.Node], bool]
 
 
@@ -52,8 +54,7 @@ class Reinplace:
     def run(self, g: GraphUnit, options: Any) -> PassResult:
         copies = _epilogue(g.gm.graph)
         facts = GraphFacts(g.gm, g.params, g.weights)
-        position = {n: i for i, n in enumerate(g.gm.graph.nodes)}
-        homes = [Home(copy, facts, position) for copy in copies]
+        homes = plan(g.gm.graph, facts, copies)
         notes = tuple(
             f"reinplace: %{h.input.name} is copied: {h.refused}"
             for h in homes
@@ -139,17 +140,16 @@ class _Edit:
         """What the graph allocates and then writes is written where it is allocated, each time anew; how many."""
         count = 0
         for n in list(self.unit.gm.graph.nodes):
-            if n.target in IN_PLACE and _made(n.args[0]):
+            if n.target in IN_PLACE and made(n.args[0]):
                 b = self._builder(n)
                 base = b.op(n.args[0].target, *n.args[0].args, **n.args[0].kwargs)
                 self.new.append(b.op(IN_PLACE[n.target], base, *n.args[1:], **n.kwargs))
                 n.replace_all_uses_with(base)
                 count += 1
                 continue
-            call = read_functionalized(n)
-            bases = written_by_twin(n) if n.target in TWINS else call.bases if call is not None else ()
+            call, bases = read_functionalized(n), bases_of(n).values()
             paths = [part_of(call, v) for v in call.views.values() if v is not None] if call is not None else []
-            if any(map(_made, bases)) and None not in paths:
+            if bases and all(map(made, bases)) and None not in paths:
                 self._call(n)
                 count += 1
         return count
@@ -189,16 +189,11 @@ class _Edit:
         self.unit.gm.graph.erase_node(call)
 
     def _place(self, b: GraphBuilder, base: fx.Node, result: fx.Node | None) -> fx.Node:
-        """The memory that is written for a base: its place, another one made like it, or a copy of it."""
+        """The memory that is written for a base: its place, or another constant one."""
         home = None if result is None else self.results.get(result)
         if home is None or result is None:
-            return b.op(base.target, *base.args, **base.kwargs) if _made(base) else b.op(_aten.clone.default, base)  # type: ignore[arg-type]
+            return b.op(base.target, *base.args, **base.kwargs)  # type: ignore[arg-type]
         return regions.emit(b, home.input, home.path[result])
-
-
-def _made(n: Any) -> bool:
-    """True for a call that allocates and fills with a number: another such call is as good."""
-    return isinstance(n, fx.Node) and n.target in _CONSTRUCTORS
 
 
 def _part(b: GraphBuilder, found: Functionalized, base: fx.Node, view: View) -> fx.Node:

@@ -294,8 +294,8 @@ def test_pages_whose_old_tokens_are_read_late():
         return y + ascend.kv_gather(stale, table, 6)
 
     record = compiled(fn, PAGED)
-    assert ops(record, "ascend.kv_write") == 1, "values are written in place, keys in a copy"
-    assert len(copied_notes(record)) == 1
+    assert ops(record, "ascend.kv_write_functional") == 1, "one call writes all in place, or nothing"
+    assert len(copied_notes(record)) == 2
 
 
 def test_what_is_written_comes_from_the_cache_itself():
