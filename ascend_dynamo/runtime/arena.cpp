@@ -276,7 +276,9 @@ ARENA_API const char* arena_install() {
   if (arena::Reservation::get() == nullptr) return "no address space could be reserved (a limit, such as ulimit -v)";
   arena::heap = c10::GetDefaultCPUAllocator();
   c10::SetCPUAllocator(arena::ours());
-  return c10::GetCPUAllocator() == arena::ours() ? nullptr : "torch's CPU allocator was installed with a priority";
+  if (c10::GetCPUAllocator() == arena::ours()) return nullptr;
+  arena::heap = nullptr;
+  return "torch's CPU allocator was installed with a priority";
 }
 
 ARENA_API int arena_installed() { return c10::GetCPUAllocator() == arena::ours(); }

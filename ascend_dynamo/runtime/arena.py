@@ -89,7 +89,7 @@ class Arenas:
             recorded: told of every recording once it is planned.
         """
         graph = GraphArena(self, index, key, poison, recorded)
-        self.graphs.append(weakref.ref(graph))
+        self.graphs = [*(ref for ref in self.graphs if ref() is not None), weakref.ref(graph)]
         return graph
 
     @property
