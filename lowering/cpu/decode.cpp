@@ -36,13 +36,16 @@ __m512 over_keys(__m512 v, F f) {
 }
 
 // o[row][d] = sum over words of p[word][row] * v[word][d], for NV vectors of d from d0 on; `left` of them are there.
+// With `more` the sum begins with what o holds.
 template <class T, class S, int R, int NV>
-void values(const S* const* v, int64_t d0, const int32_t* p, int64_t count, int64_t left, float* o, int64_t width) {
+void values(const Scattered<S>& v, int64_t d0, const int32_t* p, int64_t count, int64_t left, float* o, int64_t width,
+            bool more) {
   __m512 acc[R][NV];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < NV; ++i) acc[r][i] = _mm512_setzero_ps();
+    for (int i = 0; i < NV; ++i)
+      acc[r][i] = more && 16 * i < left ? _mm512_loadu_ps(o + r * width + 16 * i) : _mm512_setzero_ps();
   const auto part = [&](const S* row, int i) {
     const int64_t at = i * 16 * kPer<T>;
     return words_from<T>(row + d0 + at, std::clamp<int64_t>(left - at, 0, 16 * kPer<T>));
@@ -50,19 +53,18 @@ void values(const S* const* v, int64_t d0, const int32_t* p, int64_t count, int6
   alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const Scattered<S> ahead{v};
   for (int64_t j = 0; j < count; j += kPer<T>, p += kRows) {
     for (int64_t i = 0; i < kPer<T>; ++i)
-      for (int64_t d = 0; d < NV * 16; d += 64 / sizeof(S)) ahead.prefetch(j + i, d0 + d, d0 + left);
+      for (int64_t d = 0; d < NV * 16; d += 64 / sizeof(S)) v.prefetch(j + i, d0 + d, d0 + left);
     __m512i x[NV];
     if constexpr (kPer<T> == 1) {
 #pragma GCC unroll 8
-      for (int i = 0; i < NV; ++i) x[i] = part(v[j], i);
+      for (int i = 0; i < NV; ++i) x[i] = part(v(j), i);
     } else {
       const bool pair = j + 1 < count;
 #pragma GCC unroll 4
       for (int i = 0; i < NV / 2; ++i) {
-        const __m512i a = part(v[j], i), b = pair ? part(v[j + 1], i) : _mm512_setzero_si512();
+        const __m512i a = part(v(j), i), b = pair ? part(v(j + 1), i) : _mm512_setzero_si512();
         x[2 * i] = _mm512_permutex2var_epi16(a, low, b);
         x[2 * i + 1] = _mm512_permutex2var_epi16(a, high, b);
       }
@@ -82,32 +84,32 @@ void values(const S* const* v, int64_t d0, const int32_t* p, int64_t count, int6
 }
 
 template <class T, class S, int R>
-void all_values(const S* const* v, const int32_t* p, int64_t count, int64_t dv, float* o, int64_t width) {
+void all_values(const Scattered<S>& v, const int32_t* p, int64_t count, int64_t dv, float* o, int64_t width, bool more) {
   constexpr int NV = R <= 2 ? 8 : 4;
-  for (int64_t d = 0; d < dv; d += 16 * NV) values<T, S, R, NV>(v, d, p, count, dv - d, o + d, width);
+  for (int64_t d = 0; d < dv; d += 16 * NV) values<T, S, R, NV>(v, d, p, count, dv - d, o + d, width, more);
 }
 
 template <class S>
-using AllValues = void (*)(const S* const*, const int32_t*, int64_t, int64_t, float*, int64_t);
+using AllValues = void (*)(const Scattered<S>&, const int32_t*, int64_t, int64_t, float*, int64_t, bool);
 template <class T, class S>
 constexpr AllValues<S> kAllValues[kRows] = {all_values<T, S, 1>, all_values<T, S, 2>, all_values<T, S, 3>,
                                             all_values<T, S, 4>};
 
 template <class T, class S, int M>
-void all_dots(const S* const* k, int64_t elements, const T* x, int64_t rows, float* out, bool more) {
-  dot_rows_of<T, S, M>(Scattered<S>{k}, elements, x, rows, out, more);
+void all_dots(const Scattered<S>& k, int64_t elements, const T* x, int64_t rows, float* out, bool more) {
+  dot_rows_of<T, S, M>(k, elements, x, rows, out, more);
 }
 
 template <class T, class S>
-using AllDots = void (*)(const S* const*, int64_t, const T*, int64_t, float*, bool);
+using AllDots = void (*)(const Scattered<S>&, int64_t, const T*, int64_t, float*, bool);
 template <class T, class S>
 constexpr AllDots<T, S> kAllDots[kRows] = {all_dots<T, S, 1>, all_dots<T, S, 2>, all_dots<T, S, 3>, all_dots<T, S, 4>};
 
 // Scores become weights: scaled, capped, biased, masked, their maximum taken off, exponentiated; then words along the
-// keys, [word][row]. s and p have room for 16 keys more than count. Quantised keys and values come with their scales.
+// keys, [word][row], in the place of s, which has room for 16 keys more than count. Quantised keys and values come with
+// their scales.
 template <class T>
-Partial softmax(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_t count, float* s, int32_t* words,
-                const float* k_scale, const float* v_scale) {
+Partial softmax(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_t count, float* s, const float* k_scale, const float* v_scale) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i key_of = _mm512_srli_epi32(lane, 2), row_of = _mm512_and_si512(lane, _mm512_set1_epi32(3));
   alignas(64) int32_t upto[16], after[16];
@@ -157,11 +159,11 @@ Partial softmax(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_
     total = _mm512_add_ps(total, e);
     e = scaled(e, v_scale ? v_scale + j : nullptr);
     if constexpr (kPer<T> == 1) {
-      _mm512_store_ps(reinterpret_cast<float*>(words) + j * kRows, e);
+      _mm512_store_ps(s + j * kRows, e);
     } else {
       const __m256i pair = _mm256_set_epi16(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
       const __m256i narrow = _mm256_permutexvar_epi16(pair, (__m256i)_mm512_cvtneps_pbh(e));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(words + j / 2 * kRows), narrow);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(s + j / 2 * kRows), narrow);
     }
   }
   total = over_keys(total, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
@@ -190,6 +192,7 @@ bool hidden(const Attention& p, const Row (&rows)[kRows], int64_t j0, int64_t ke
 }
 
 struct Queries;
+struct Scores;
 struct Sums;
 
 // How the rows and keys of one problem are divided.
@@ -215,62 +218,113 @@ struct Plan {
 
 int64_t width_of(const Attention& p) { return (p.dv + 15) / 16 * 16; }
 
-// One chunk of the keys of one key head: o[group] are the weighted sums of its rows, then its Partial.
+// Up to kRows rows of one key head, while they meet a chunk of keys.
+template <class T>
+struct Group {
+  int64_t head, count;  // key head; rows
+  Row rows[kRows];
+  T *q, *q2;         // packed
+  float *scores, *o;  // of the chunk; the weighted sums of the rows, then their Partial
+};
+
+constexpr int64_t kScores = (kChunkKeys + 16) * kRows;  // floats of a group's scores
+constexpr int64_t kBlockBytes = 16 << 10;               // read for one head after the other where heads lie side by side
+constexpr int64_t kMaxGroups = 16;                      // that meet a chunk together
+
+// One chunk of the keys of `heads` key heads from h0 on. Heads that lie side by side in memory are done a block of keys
+// at a time, the next block being fetched in the order of memory: each head for itself would read crumbs.
 template <class T, class S>
-void attend(const Plan& plan, int64_t b, int64_t h, int64_t chunk, bool skip, float* o, int64_t size) {
+void attend(const Plan& plan, int64_t b, int64_t h0, int64_t heads, int64_t chunk, bool skip, float* sums,
+            int64_t size) {
   const Attention& p = *plan.p;
-  const int64_t j0 = std::max(chunk * kChunkKeys, p.table ? p.first() : 0);
-  const int64_t keys = std::max<int64_t>(0, std::min(p.sk, (chunk + 1) * kChunkKeys) - j0), width = width_of(p);
-  const int64_t packed_size = dots_size<T>(plan.each, p.d);
-  T* packed = static_cast<T*>(scratch<Queries>((packed_size + dots_size<T>(plan.each, p.d2)) * sizeof(T)));
-  alignas(64) float s[(kChunkKeys + 16) * kRows];
-  alignas(64) int32_t words[(kChunkKeys + 16) * kRows];
-  alignas(64) float k_scale[kChunkKeys], v_scale[kChunkKeys];
-  const S *k[kChunkKeys + Scattered<S>::kMore], *v[kChunkKeys + Scattered<S>::kMore];
-  const S* k2[kChunkKeys + Scattered<S>::kMore];
-  bool ready = false;
-  for (int64_t g = 0; g < plan.groups; ++g, o += size) {
-    const int64_t mine = std::min(plan.each, plan.count - g * plan.each);
-    Row rows[kRows];
-    for (int64_t i = 0; i < kRows; ++i) rows[i] = plan.row_at(b, h, g * plan.each + std::min(i, mine - 1));
-    Partial& partial = *reinterpret_cast<Partial*>(o + kRows * width);
-    if (hidden(p, rows, j0, keys, skip)) {
-      std::fill(o, o + kRows * width, 0.f);
-      std::fill_n(partial.top, kRows, -kInf);
-      std::fill_n(partial.total, kRows, 0.f);
-      continue;
-    }
-    if (!ready) {
-      // Behind the last row the first of what is read next.
-      const auto locate = [&](const Stored& t, const S** to) { rows_of(p, t, b, h, j0, keys, to); };
-      locate(p.k, k);
-      locate(p.v, v);
-      if (p.d2) locate(p.k2, k2);
-      for (int64_t i = 0; i < Scattered<S>::kMore; ++i) {
-        const int64_t next = std::min(i, keys - 1);
-        k[keys + i] = p.d2 ? k2[next] : v[next];
-        if (p.d2) k2[keys + i] = v[next];
-        v[keys + i] = v[keys - 1];
+  const int64_t j0 = std::max(chunk * kChunkKeys, p.table ? p.first() : 0), width = width_of(p);
+  const int64_t keys = std::max<int64_t>(0, std::min(p.sk, (chunk + 1) * kChunkKeys) - j0);
+  const int64_t q_size = dots_size<T>(plan.each, p.d), q2_size = dots_size<T>(plan.each, p.d2);
+  T* packed = static_cast<T*>(scratch<Queries>(heads * plan.groups * (q_size + q2_size) * sizeof(T)));
+  float* scores = static_cast<float*>(scratch<Scores>(heads * plan.groups * kScores * sizeof(float)));
+  std::vector<Group<T>> seen;
+  for (int64_t h = h0; h < h0 + heads; ++h)
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      Group<T> group{h, std::min(plan.each, plan.count - g * plan.each), {}, packed, packed + q_size, scores,
+                     sums + (((b * p.hk + h) * plan.chunks + chunk) * plan.groups + g) * size};
+      for (int64_t i = 0; i < kRows; ++i)
+        group.rows[i] = plan.row_at(b, h, g * plan.each + std::min(i, group.count - 1));
+      if (hidden(p, group.rows, j0, keys, skip)) {
+        Partial& partial = *reinterpret_cast<Partial*>(group.o + kRows * width);
+        std::fill(group.o, group.o + kRows * width, 0.f);
+        std::fill_n(partial.top, kRows, -kInf);
+        std::fill_n(partial.total, kRows, 0.f);
+        continue;
       }
-      if (p.k.scale) scales_of(p, p.k, h, j0, keys, k_scale);
-      if (p.v.scale) scales_of(p, p.v, h, j0, keys, v_scale);
-      ready = true;
+      const auto pack = [&](const void* q, const int64_t (&stride)[3], int64_t d, T* to) {
+        for (int64_t i = 0; i < group.count; ++i)
+          pack_dots(static_cast<const T*>(q) + b * stride[0] + group.rows[i].head * stride[1] +
+                        group.rows[i].query * stride[2],
+                    i, group.count, d, to);
+      };
+      pack(p.q, p.q_stride, p.d, group.q);
+      if (p.d2) pack(p.q2, p.q2_stride, p.d2, group.q2);
+      seen.push_back(group);
+      packed += q_size + q2_size;
+      scores += kScores;
     }
-    const auto pack = [&](const void* q, const int64_t (&stride)[3], int64_t d, T* to) {
-      for (int64_t i = 0; i < mine; ++i)
-        pack_dots(static_cast<const T*>(q) + b * stride[0] + rows[i].head * stride[1] + rows[i].query * stride[2], i,
-                  mine, d, to);
-    };
-    pack(p.q, p.q_stride, p.d, packed);
-    kAllDots<T, S>[mine - 1](k, p.d, packed, keys, s, false);
-    if (p.d2) {
-      pack(p.q2, p.q2_stride, p.d2, packed + packed_size);
-      kAllDots<T, S>[mine - 1](k2, p.d2, packed + packed_size, keys, s, true);
+  if (seen.empty()) return;
+
+  // Calls body(group, rows, first key of a block, its length), and meanwhile fetches the next block.
+  const auto blocks = [&](const Stored& t, int64_t d, auto body) {
+    const S* at[kChunkKeys + Scattered<S>::kMore];
+    rows_of(p, t, b, h0, j0, keys, at);
+    std::fill_n(at + keys, Scattered<S>::kMore, at[keys - 1]);
+    const int64_t bytes = ((heads - 1) * t.stride[1] + d) * sizeof(S);
+    const int64_t step = heads > 1 ? std::clamp<int64_t>(kBlockBytes / bytes / 2 * 2, 2, kChunkKeys) : keys;
+    const int64_t parts = seen.size();
+    for (int64_t j = 0; j < keys; j += step) {
+      const int64_t count = std::min(step, keys - j), next = j + count, ahead = std::min(step, keys - next);
+      for (int64_t i = 0; i < parts; ++i) {
+        if (heads > 1)
+          for (int64_t r = next + ahead * i / parts; r < next + ahead * (i + 1) / parts; ++r)
+            for (int64_t k = 0; k < bytes; k += 64)
+              _mm_prefetch(reinterpret_cast<const char*>(at[r]) + k, _MM_HINT_T1);
+        const int64_t offset = (seen[i].head - h0) * t.stride[1];
+        body(seen[i], Scattered<S>{at + j, offset, heads > 1 ? 2 : 8}, j, count);
+      }
     }
-    std::fill(s + keys * kRows, s + (keys + 15) / 16 * 16 * kRows, 0.f);
-    partial = softmax<T>(p, rows, j0, keys, s, words, p.k.scale ? k_scale : nullptr, p.v.scale ? v_scale : nullptr);
-    kAllValues<T, S>[mine - 1](v, words, keys, p.dv, o, width);
+  };
+  blocks(p.k, p.d, [&](const Group<T>& g, const Scattered<S>& k, int64_t j, int64_t count) {
+    kAllDots<T, S>[g.count - 1](k, p.d, g.q, count, g.scores + j * kRows, false);
+  });
+  if (p.d2)
+    blocks(p.k2, p.d2, [&](const Group<T>& g, const Scattered<S>& k, int64_t j, int64_t count) {
+      kAllDots<T, S>[g.count - 1](k, p.d2, g.q2, count, g.scores + j * kRows, true);
+    });
+  alignas(64) float k_scale[kChunkKeys], v_scale[kChunkKeys];
+  for (const Group<T>& g : seen) {
+    if (p.k.scale) scales_of(p, p.k, g.head, j0, keys, k_scale);
+    if (p.v.scale) scales_of(p, p.v, g.head, j0, keys, v_scale);
+    std::fill(g.scores + keys * kRows, g.scores + (keys + 15) / 16 * 16 * kRows, 0.f);
+    *reinterpret_cast<Partial*>(g.o + kRows * width) = softmax<T>(
+        p, g.rows, j0, keys, g.scores, p.k.scale ? k_scale : nullptr, p.v.scale ? v_scale : nullptr);
   }
+  blocks(p.v, p.dv, [&](const Group<T>& g, const Scattered<S>& v, int64_t j, int64_t count) {
+    const int32_t* words = reinterpret_cast<const int32_t*>(g.scores) + j / kPer<T> * kRows;
+    kAllValues<T, S>[g.count - 1](v, words, count, p.dv, g.o, width, j > 0);
+  });
+}
+
+// How many key heads are done together: those that lie side by side, if that leaves work for all threads. No result
+// depends on it.
+int64_t heads_together(const std::vector<Plan>& plans) {
+  const Attention& p = *plans.front().p;
+  const auto near = [](const Stored& t) { return t.stride[1] < t.stride[2]; };
+  if (!near(p.k) || !near(p.v)) return 1;
+  int64_t chunks = 0, groups = 1;
+  for (const Plan& plan : plans) {
+    chunks += plan.p->batch * plan.chunks;
+    groups = std::max(groups, plan.groups);
+  }
+  for (int64_t heads = p.hk; heads > 1; --heads)
+    if (p.hk % heads == 0 && heads * groups <= kMaxGroups && chunks * (p.hk / heads) >= 2 * threads()) return heads;
+  return 1;
 }
 
 // Writes row i of a key head from the partial results of its chunks. False if keys were skipped because of a finite
@@ -315,21 +369,19 @@ bool decode(const Attention* list, int64_t problems, bool skip) {
   int64_t floats = 0;
   const int64_t size = kRows * width_of(*list) + sizeof(Partial) / sizeof(float);
   for (int64_t i = 0; i < problems; ++i) {
-    Plan plan(list[i]);
-    const int64_t heads = list[i].batch * list[i].hk;
+    Plan& plan = plans.emplace_back(list[i]);
     plan.sums = floats;
-    floats += heads * plan.chunks * plan.groups * size;
-    pieces.push_back(pieces.back() + heads * plan.chunks);
-    rows.push_back(rows.back() + heads * plan.count);
-    plans.push_back(plan);
+    floats += list[i].batch * list[i].hk * plan.chunks * plan.groups * size;
+    rows.push_back(rows.back() + list[i].batch * list[i].hk * plan.count);
   }
+  const int64_t heads = heads_together(plans);
+  for (const Plan& plan : plans) pieces.push_back(pieces.back() + plan.p->batch * plan.p->hk / heads * plan.chunks);
   float* sums = static_cast<float*>(scratch<Sums>(floats * sizeof(float)));
   parallel(pieces.back(), [&](int64_t piece) {
     const int64_t i = problem_of(pieces, piece), item = piece - pieces[i];
     const Plan& plan = plans[i];
-    const int64_t head = item / plan.chunks, hk = plan.p->hk;
-    attend<T, S>(plan, head / hk, head % hk, item % plan.chunks, skip, sums + plan.sums + item * plan.groups * size,
-                 size);
+    const int64_t head = item / plan.chunks * heads, hk = plan.p->hk;
+    attend<T, S>(plan, head / hk, head % hk, heads, item % plan.chunks, skip, sums + plan.sums, size);
   });
   std::atomic<bool> good{true};
   parallel(rows.back(), [&](int64_t row) {

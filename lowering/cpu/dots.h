@@ -32,12 +32,13 @@ struct Apart {
 
 template <class S>
 struct Scattered {
-  const S* const* at;
-  const S* operator()(int64_t row) const { return at[row]; }
-  static constexpr int64_t kAhead = 8;
-  static constexpr int64_t kMore = kAhead + 1;  // rows that `at` has beyond the last
+  const S* const* at;  // goes on for kMore rows more than there are
+  int64_t offset;      // of what is read in each row
+  int64_t ahead;       // rows, less than kMore
+  static constexpr int64_t kMore = 9;
+  const S* operator()(int64_t row) const { return at[row] + offset; }
   void prefetch(int64_t row, int64_t k, int64_t elements) const {
-    if (k < elements) _mm_prefetch(reinterpret_cast<const char*>(at[row + kAhead] + k), _MM_HINT_T0);
+    if (k < elements) _mm_prefetch(reinterpret_cast<const char*>(at[row + ahead] + offset + k), _MM_HINT_T0);
   }
 };
 

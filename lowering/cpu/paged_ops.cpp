@@ -175,6 +175,12 @@ Stored stored(const at::Tensor& cache, const OptTensor& scale) {
   return s;
 }
 
+// Elements from a token's first to the last that is read with it: heads may lie side by side.
+int64_t span(const at::Tensor& cache) {
+  const bool near = cache.stride(2) < cache.stride(1);
+  return (near ? (cache.size(2) - 1) * cache.stride(2) : 0) + cache.size(3);
+}
+
 at::Tensor kernel(const Call& c, Dtype dtype) {
   const auto type = dtype == Dtype::f32 ? at::kFloat : at::kBFloat16;
   const auto operand = [&](const at::Tensor& t) {
@@ -187,7 +193,7 @@ at::Tensor kernel(const Call& c, Dtype dtype) {
   if (c.mask) mask = c.mask->stride(1) == 1 || c.mask->stride(1) == 0 ? *c.mask : c.mask->contiguous();
   if (c.sinks) sinks = c.sinks->to(at::kFloat).contiguous();
   const int64_t hq = c.q.size(1), dv = c.v.size(3);
-  const at::Tensor zeros = at::zeros({std::max({c.k.size(3), dv, c.k2 ? c.k2->size(3) : 0})}, at::kFloat);
+  const at::Tensor zeros = at::zeros({std::max({span(c.k), span(c.v), c.k2 ? span(*c.k2) : 0})}, at::kFloat);
   at::Tensor y = at::empty({c.q.size(0), hq, dv}, q.options());
 
   Attention shared;
