@@ -1,4 +1,4 @@
-"""The command line: ``ascend-dynamo info | explain | patterns``.
+"""The command line: ``ascend-dynamo info | explain | memory | patterns``.
 
 Exit codes: 0 all is well, 1 something was found (a pattern that fails its check, a model that does not compile),
 2 wrong usage.
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ascend_dynamo.errors import AscendDynamoError, OptionError
+from ascend_dynamo.errors import AscendDynamoError, MemoryPlanError, OptionError
 
 OK, FOUND, USAGE = 0, 1, 2
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return int(args.run(args))
-    except (OptionError, TargetError) as error:
+    except (OptionError, TargetError, MemoryPlanError) as error:
         sys.stderr.write(f"ascend-dynamo {args.command}: {error}\n")
         return USAGE
     except AscendDynamoError as error:
@@ -55,6 +55,19 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true", help="print JSON instead of text")
     explain.add_argument("--no-diff", action="store_true", help="leave the graph diffs out of the text")
     explain.set_defaults(run=_explain)
+
+    memory = commands.add_parser("memory", help="does a model fit in N GB at a batch and a length? nothing is run")
+    memory.add_argument("target", metavar="SCRIPT_OR_MODULE:CALLABLE", help="a callable that returns (model, args)")
+    memory.add_argument("--limit", required=True, metavar="SIZE", help="bytes, or 8GB")
+    memory.add_argument("--batch", type=_positive, metavar="N", help="sequences (default: the example's)")
+    memory.add_argument(
+        "--chunk", type=_positive, metavar="N", help="new tokens each, 1: decode (default: the example's)"
+    )
+    memory.add_argument("--kv-length", type=_positive, metavar="N", help="tokens in the cache (default: the chunk)")
+    memory.add_argument("--page-size", type=_positive, default=16, metavar="N", help="tokens per page (default 16)")
+    memory.add_argument("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="a backend option")
+    memory.add_argument("--json", action="store_true", help="machine-readable")
+    memory.set_defaults(run=_memory)
 
     patterns = commands.add_parser("patterns", help="list, show or check patterns")
     verbs = patterns.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -120,6 +133,18 @@ def _explain(args: argparse.Namespace) -> int:
         sys.stderr.write(f"wrote {found.memory_png(args.memory_png)}\n")
     _say(found.to_json() if args.json else found.text(colour=sys.stdout.isatty(), diff=not args.no_diff))
     return OK
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from ascend_dynamo.report.fit import check_fit, to_dict
+    from ascend_dynamo.report.loading import load_target
+
+    options = parse_options(args.option)
+    model, model_args, kwargs = load_target(args.target)
+    sizes = {name: getattr(args, name) for name in ("limit", "batch", "chunk", "kv_length", "page_size")}
+    fit = check_fit(model, model_args, kwargs, options=options, **sizes)
+    _say(json.dumps(to_dict(fit), indent=2) if args.json else str(fit))
+    return OK if fit else FOUND
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

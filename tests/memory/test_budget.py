@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import DeepseekV3Config, Gemma3TextConfig, Qwen3Config
 
 import ascend_dynamo
+from ascend_dynamo.cli import main
 from ascend_dynamo.errors import MemoryLimitError, MemoryPlanError
 from ascend_dynamo.memory.budget import Gear, MemoryBudget
 from ascend_dynamo.memory.forecast import forecast
@@ -250,6 +252,25 @@ def test_a_graph_that_is_compiled_for_training_says_that_the_limit_is_not_checke
     model = nn.Linear(4, 4)
     torch.compile(model, backend=backend)(torch.randn(2, 4)).sum().backward()
     assert any("memory_limit is not checked" in note for note in backend.records[0].notes)
+
+
+def test_the_command_line_says_whether_it_fits(tmp_path, capsys):
+    script = tmp_path / "fitting_model.py"
+    script.write_text(
+        "import torch\ndef build():\n    return torch.nn.Linear(8, 64).eval(), (torch.randn(3, 5, 8),)\n"
+        "def flat():\n    return torch.nn.Linear(8, 64).eval(), (torch.randn(8),)\n"
+    )
+    command = ["memory", f"{script}:build", "-o", "target=reference"]
+    assert main([*command, "--limit", "1GB"]) == 0
+    assert "batch 3, 5 new tokens, 5 tokens each in the cache" in capsys.readouterr().out
+    assert main([*command, "--limit", "64KB", "--batch", "100", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"] and found["needed"]["activations"] == 100 * 5 * 64 * 4
+    (best,) = [int(n) for a in found["advice"] for n in re.findall(r"at most (\d+) sequences", a)]
+    assert best == ((64 << 10) - found["needed"]["weights"]) // (5 * 64 * 4)
+    assert main([*command, "--limit", "eight"]) == 2 and "is no size" in capsys.readouterr().err
+    assert main(["memory", f"{script}:flat", "--limit", "1GB"]) == 2
+    assert "no tensor [batch, tokens, ...]" in capsys.readouterr().err
 
 
 def test_kinds_without_layers_ask_for_no_pages():
