@@ -32,14 +32,14 @@ class Functionalized:
     """One call. ``plain`` holds the arguments that are only read; ``views`` the written ones (None: not given).
 
     Result ``i`` of the call is result ``i`` of ``op`` for i < ``first`` (None if it has none); result ``first + j`` is
-    base ``j`` afterwards.
+    base ``j`` afterwards; a base is None where version 1 was not given the argument.
     """
 
     node: fx.Node
     op: Any
     plain: dict[str, Any]
     views: dict[str, View | None]
-    bases: tuple[fx.Node, ...]
+    bases: tuple[fx.Node | None, ...]
     first: int
 
     def results(self) -> dict[int, fx.Node]:
@@ -66,13 +66,13 @@ def read_functionalized(n: fx.Node) -> Functionalized | None:
     for a in written:
         views[a.name] = _v1(given, a.name, bases) if n.target is _V1 else _v2(given, a.name)
     names = {a.name for a in op._schema.arguments}
-    if not names.issuperset(given) or not all(isinstance(b, fx.Node) for b in bases):
+    if not names.issuperset(given) or not all(b is None or isinstance(b, fx.Node) for b in bases):
         return None
     return Functionalized(n, op, given, views, tuple(bases), max(1, len(op._schema.returns)))
 
 
 def _v1(given: dict[str, Any], name: str, bases: list[Any]) -> View | None:
-    """Every written argument has a place among the results, given or not."""
+    """Every written argument has a place among the bases, given or not."""
     value = given.pop(name, None)
     bases.append(value)
     return None if value is None else View(len(bases) - 1)

@@ -61,13 +61,9 @@ def result_base(n: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """For a result of a functional call that stands for written memory: the call, and that memory before."""
     if n.target is not operator.getitem or not isinstance(n.args[0], fx.Node):
         return None
-    call, index = n.args[0], n.args[1]
-    if call.target in TWINS:
-        return call, written_by_twin(call)[index]  # type: ignore[index]
-    found = read_functionalized(call)
-    if found is None or index < found.first:  # type: ignore[operator]
-        return None
-    return call, found.bases[index - found.first]  # type: ignore[operator]
+    call, index = n.args
+    base = bases_of(call).get(index)  # type: ignore[call-overload]
+    return None if base is None else (call, base)
 
 
 def bases_of(call: fx.Node) -> dict[int, fx.Node]:
@@ -75,7 +71,7 @@ def bases_of(call: fx.Node) -> dict[int, fx.Node]:
     if call.target in TWINS:
         return dict(enumerate(written_by_twin(call)))
     found = read_functionalized(call)
-    return {} if found is None else {found.first + j: base for j, base in enumerate(found.bases)}
+    return {} if found is None else {found.first + j: b for j, b in enumerate(found.bases) if b is not None}
 
 
 def made(n: Any) -> bool:
@@ -112,7 +108,11 @@ def part_of(found: Functionalized, view: View) -> Path | None:
     if view.kind == "slice":
         return (Step("slice", (*(regions.value(s) for s in view.spec), 1)),)
     size, stride, offset = view.spec
-    return regions.strided(found.bases[view.base].meta["val"], *map(_values, (size, stride)), regions.value(offset))
+    return regions.strided(
+        found.bases[view.base].meta["val"],  # type: ignore[union-attr]
+        *map(_values, (size, stride)),
+        regions.value(offset),
+    )
 
 
 def _values(sizes: Any) -> tuple[Any, ...]:

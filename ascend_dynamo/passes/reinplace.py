@@ -63,6 +63,8 @@ class Reinplace:
         proven = [h for h in homes if not h.refused and h.events]
         edit = _Edit(g, facts, {n: h for h in proven for n in h.path if h.kind.get(n) == "call"})
         for home in proven:
+            edit.keep(home)
+        for home in proven:
             edit.home(home)
         fresh = edit.fresh()
         if not proven and not fresh:
@@ -111,12 +113,15 @@ class _Edit:
     new: list[fx.Node] = field(default_factory=list)
     done: set[fx.Node] = field(default_factory=set)
 
-    def home(self, home: Home) -> None:
-        graph = self.unit.gm.graph
-        (output,) = graph.find_nodes(op="output")
+    def keep(self, home: Home) -> None:
+        """Copy what the graph returns, right where it is computed; before anything is replaced."""
+        (output,) = self.unit.gm.graph.find_nodes(op="output")
         for leaf in home.cloned:
             b = GraphBuilder(self.unit, self.facts, leaf.next, leaf)
             output.replace_input_with(leaf, b.op(_aten.clone.default, leaf))
+
+    def home(self, home: Home) -> None:
+        graph = self.unit.gm.graph
         for node, path in list(home.path.items()):
             kind = home.kind.get(node)
             if kind == "write":
@@ -172,7 +177,10 @@ class _Edit:
             kwargs = {k: next(swap) if k in names else v for k, v in call.kwargs.items()}
             self.new.append(b.op(op, *args, **kwargs))
         else:
-            places = [self._place(b, base, taken.get(found.first + j)) for j, base in enumerate(found.bases)]
+            places = [
+                base if base is None else self._place(b, base, taken.get(found.first + j))  # type: ignore[misc]
+                for j, base in enumerate(found.bases)
+            ]
             written = {k: None if v is None else _part(b, found, places[v.base], v) for k, v in found.views.items()}
             result = _invoke(b, found, written)
             self.new.append(result)
