@@ -11,15 +11,29 @@ if TYPE_CHECKING:
     from ascend_dynamo.backend import Backend
     from ascend_dynamo.regions import fuse, no_fuse
     from ascend_dynamo.report.explain import explain
+    from ascend_dynamo.runtime.kv import PagedAttention, PagedKVCache, PagedRequests
     from ascend_dynamo.runtime.pool import MemoryPool
     from ascend_dynamo.runtime.weights import refresh
 
 __version__ = "0.1.0"
-__all__ = ["Backend", "MemoryPool", "explain", "fuse", "no_fuse", "refresh"]
+__all__ = [
+    "Backend",
+    "MemoryPool",
+    "PagedAttention",
+    "PagedKVCache",
+    "PagedRequests",
+    "explain",
+    "fuse",
+    "no_fuse",
+    "refresh",
+]
 
 _HOMES = {
     "Backend": "ascend_dynamo.backend",
     "MemoryPool": "ascend_dynamo.runtime.pool",
+    "PagedAttention": "ascend_dynamo.runtime.kv",
+    "PagedKVCache": "ascend_dynamo.runtime.kv",
+    "PagedRequests": "ascend_dynamo.runtime.kv",
     "explain": "ascend_dynamo.report.explain",
     "fuse": "ascend_dynamo.regions",
     "no_fuse": "ascend_dynamo.regions",
