@@ -23,9 +23,9 @@ WINDOW = 16
 
 
 @cache
-def model_of(name: str) -> Any:
+def model_of(name: str, layers: int | None = None) -> Any:
     """float32, with a window short enough that pages fall out of it; the same object each time: leave it as it was."""
-    model = build(name, dtype=torch.float32, check=False)
+    model = build(name, dtype=torch.float32, check=False, layers=layers)
     if getattr(model.config, "sliding_window", None):
         model.config.sliding_window = WINDOW
         for layer in model.model.layers:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_generate_compiles_decoding_once_for_all_lengths_and_caches() -> None:
-    model = model_of("tiny-qwen3")
+    model = model_of("tiny-qwen3", 1)
     ids = prompt(model, 2, 21)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -30,10 +30,10 @@ def test_generate_compiles_decoding_once_for_all_lengths_and_caches() -> None:
     assert hf.compile_count(config) <= 2
 
 
-@pytest.mark.parametrize("name", ["tiny-gemma2", "tiny-ds3"])
-def test_prompt_and_decoding_as_whole_graphs(name: str) -> None:
+@pytest.mark.parametrize(("name", "layers"), [("tiny-gemma2", 2), ("tiny-ds3", 1)])
+def test_prompt_and_decoding_as_whole_graphs(name: str, layers: int) -> None:
     """A window that gives pages back; latents. One graph for the prompt, one for every step behind it."""
-    model = model_of(name)
+    model = model_of(name, layers)
     ids = prompt(model, 2, 21)
     backend = Backend({"target": "reference"})
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -52,7 +52,7 @@ def test_prompt_and_decoding_as_whole_graphs(name: str) -> None:
 
 
 def test_one_graph_runs_every_packed_step() -> None:
-    model = model_of("tiny-llama")
+    model = model_of("tiny-llama", 1)
     a, b = (prompt(model, 1, n, n)[0].tolist() for n in (30, 9))
     with torch.no_grad():
         wanted = [model(torch.tensor([tokens])).logits[0] for tokens in (a, b)]
