@@ -207,8 +207,15 @@ class _Compilation:
                 raise OptionError(f'option "memory_limit": the target {self.record.target} does not tell what it takes')
             return run
         start = time.perf_counter()
-        found = lifetimes()
-        self.record.memory = record_memory(unit, found, seconds=1.0 if self.texts else QUICK)
+        try:
+            found = lifetimes()
+            self.record.memory = record_memory(unit, found, seconds=1.0 if self.texts else QUICK)
+        except Exception as error:
+            if limit is not None or self.pipeline.options.strict:
+                raise
+            log.exception("the memory of graph %d cannot be predicted; it runs all the same", self.record.index)
+            self.record.quarantined.append(Quarantined("memory", f"{type(error).__name__}: {error}"))
+            return run
         self.record.seconds["memory"] = time.perf_counter() - start
         return run if limit is None else MemoryLimit(limit, found, self.record.memory.derived).around(run)
 

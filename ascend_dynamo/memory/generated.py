@@ -104,7 +104,7 @@ class _Reader:
                 self._statement(inner)
         elif isinstance(s, ast.Return):
             self._finish(s)
-        elif not isinstance(s, (ast.Pass, ast.Import, ast.ImportFrom)):
+        elif not isinstance(s, (ast.Pass, ast.Import, ast.ImportFrom, ast.Assert)) and not _only_raises(s):
             raise UnreadableProgramError(ast.unparse(s).splitlines()[0])
 
     def _assign(self, target: ast.expr, value: ast.expr, line: int) -> None:
@@ -114,6 +114,8 @@ class _Reader:
             return
         name = _name(target)
         self._drop(name)
+        if isinstance(value, ast.Constant):
+            return  # "buf0 = None" lets go of what the name held
         if isinstance(value, ast.Name):
             self._alias(name, value.id)
         elif isinstance(value, ast.Subscript) and _name(value.value) in self.env:
@@ -245,6 +247,11 @@ class _Reader:
 
     def _step(self, label: str) -> None:
         self.labels.append(label)
+
+
+def _only_raises(s: ast.stmt) -> bool:
+    """A check of the program's: ``if not (u0 >= 0): raise ...``."""
+    return isinstance(s, ast.If) and not s.orelse and all(isinstance(x, ast.Raise) for x in s.body)
 
 
 def _views(op: Any, call: ast.Call) -> str | None:

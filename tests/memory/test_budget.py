@@ -247,6 +247,21 @@ def test_without_a_limit_nothing_is_checked():
     assert backend.records[0].seconds["memory"] > 0
 
 
+def test_a_prediction_that_fails_is_quarantined_unless_something_rests_on_it(monkeypatch):
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("ascend_dynamo.backend.record_memory", broken)
+    x = torch.randn(4)
+    backend = ascend_dynamo.Backend({"target": "reference"})
+    assert torch.equal(torch.compile(lambda x: x.sin(), backend=backend)(x), x.sin())
+    (record,) = backend.records
+    assert record.memory is None and [q.pattern for q in record.quarantined] == ["memory"] and record.nodes_after == 1
+    strict = ascend_dynamo.Backend({"target": "reference", "strict": True})
+    with pytest.raises(Exception, match="planted"):
+        torch.compile(lambda x: x.cos(), backend=strict)(x)
+
+
 def test_a_graph_that_is_compiled_for_training_says_that_the_limit_is_not_checked():
     backend = ascend_dynamo.Backend({"target": "reference", "memory_limit": "1MB"})
     model = nn.Linear(4, 4)

@@ -110,6 +110,21 @@ def test_views_and_writes_of_operators_allocate_nothing():
     assert found == {"buf0": (0, 4, "64*s0", False)}
 
 
+def test_checks_and_numbers_allocate_nothing():
+    found = read(
+        "assert s0 > 0",
+        EMPTY.format(0, "int64"),
+        "cpp_fused_0(buf0)",
+        "u0 = buf0.item()",
+        "if not (u0 >= 0): raise RuntimeError('u0 >= 0')",
+        "buf0 = None",
+        "buf1 = empty_strided_cpu((u0, ), (1, ), torch.float32)",
+        "cpp_fused_1(buf1)",
+        "return (buf1, )",
+    )
+    assert found == {"buf0": (0, 3, "128*s0", False), "buf1": (3, 5, "4*u0", True)}
+
+
 def test_sizes_come_from_the_inputs_and_lines_from_the_stack_traces():
     text = program(EMPTY.format(0, "float32"), "cpp_fused_0(buf0)", "return (buf0, )")
     line = 1 + text.splitlines().index("        " + EMPTY.format(0, "float32"))
