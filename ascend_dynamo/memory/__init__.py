@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ascend_dynamo.memory.budget import Fit, Gear, MemoryBudget
 from ascend_dynamo.memory.buffers import Buffer
+from ascend_dynamo.memory.evaluate import plan_at, shared_arena
 from ascend_dynamo.memory.forecast import forecast
 from ascend_dynamo.memory.instances import read_csv, write_csv
 from ascend_dynamo.memory.lifetimes import Lifetime, Liveness
@@ -23,6 +24,8 @@ __all__ = [
     "lifetimes_of",
     "liveness",
     "plan",
+    "plan_at",
     "read_csv",
+    "shared_arena",
     "write_csv",
 ]

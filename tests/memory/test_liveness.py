@@ -15,7 +15,8 @@ from memory_support import Measured, allocated_peak, sweep, traced
 from torch import nn
 
 import ascend_dynamo
-from ascend_dynamo.memory import Buffer, Lifetime, Liveness, lifetimes_of, liveness
+from ascend_dynamo.errors import MemoryPlanError
+from ascend_dynamo.memory import Buffer, Lifetime, Liveness, lifetimes_of, liveness, plan_at, shared_arena
 from ascend_dynamo.memory.lifetimes import peak_of
 from ascend_dynamo.memory.liveness import viewable
 
@@ -160,6 +161,18 @@ def test_symbolic_sizes_are_expressions_with_bounds():
     assert found.upper({s.name: 16 for s in found.symbols}).peak().bytes == 2 * 4 * 256
     with pytest.raises(ValueError, match="no symbolic size"):
         found.at({"batch": 4})
+
+
+def test_gears_share_an_arena_as_large_as_the_largest():
+    found = liveness(traced(lambda x: (x @ x.T).softmax(-1).sum(), torch.randn(6, 16), symbolic=True))
+    (name,) = [s.name for s in found.symbols if s.hint == 6]
+    size, plans = shared_arena(found, [{name: 4}, {name: 128}, {name: 30}])
+    assert [p.lower_bound for p in plans] == [2 * 4 * n * n for n in (4, 128, 30)]
+    assert size == plans[1].size == plan_at(found, {name: 128}).size
+    for p in plans:
+        p.check()
+    with pytest.raises(MemoryPlanError, match="no gears"):
+        shared_arena(found, [])
 
 
 def test_sizes_are_read_from_the_inputs_of_a_call():
