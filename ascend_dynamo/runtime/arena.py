@@ -18,6 +18,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ Key = Callable[[Sequence[Any]], tuple[int, ...]]
 SHAPES = 64  # of one graph that are remembered
 ALIGNMENT = 64  # bytes: what torch's own allocator gives
 PLANNING = 1.0  # seconds: the search is part of a call that somebody waits for
+_NUMBERS = tuple(f.name for f in fields(ShapeStats) if f.type == "int")  # in the order of the C++ half
 _STATES = ("new", "recording", "recorded", "planned", "off")
 
 
@@ -249,7 +251,8 @@ class _Shape:
         state = _STATES[out[0]]
         recording = self._recorded() if state in ("recorded", "planned") else None
         why = self.reason or ("its allocations differ from call to call" if state == "off" else "")
-        return ShapeStats(key, state, *map(int, out[1:]), reason=why, recording=recording)
+        numbers = dict(zip(_NUMBERS, map(int, out[1:]), strict=True))
+        return ShapeStats(key=key, state=state, reason=why, recording=recording, **numbers)
 
 
 _backends: weakref.WeakSet[Arenas] = weakref.WeakSet()

@@ -24,7 +24,7 @@ def shape_key(values: Sequence[Any]) -> Key | None:
     axes: list[tuple[int, int]] = []
     for i, v in enumerate(values):
         for d, size in enumerate(v.shape if isinstance(v, torch.Tensor) else ()):
-            free = set() if isinstance(size, int) else expr(size).free_symbols - covered
+            free: set[Any] = set() if isinstance(size, int) else expr(size).free_symbols - covered
             if free:
                 axes.append((i, d))
                 covered |= free if _symbol(expr(size)) else set()

@@ -233,7 +233,7 @@ def test_a_plan_that_cannot_be_made_leaves_the_heap(monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_compiled_graphs_live_in_the_arena_of_their_backend() -> None:
     def model(x: torch.Tensor) -> torch.Tensor:
-        return ((x @ x.T).cos() @ x).tanh()
+        return ((x @ x.T / 64).cos() @ x / 64).tanh()
 
     backend = Backend({"target": "cpu"})
     compiled = torch.compile(model, backend=backend, dynamic=True)
@@ -241,7 +241,7 @@ def test_compiled_graphs_live_in_the_arena_of_their_backend() -> None:
         x = torch.randn(n, 64)
         torch.testing.assert_close(compiled(x), model(x))
     stats, memory = backend.memory(), backend.records[0].memory
-    assert {s.key for s in stats.shapes} == {(5,), (9,)} and all(s.replayed == 2 for s in stats.shapes)
+    assert {s.key[0] for s in stats.shapes} == {5, 9} and all(s.replayed == 2 for s in stats.shapes)
     assert stats.size == max(s.plan_bytes for s in stats.shapes) > 0 and stats.instances == 1
     assert all(s.last_escaped == 1 and s.last_heap == 0 for s in stats.shapes)
     assert memory is not None and memory.recorded == min(s.peak_bytes for s in stats.shapes)
