@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ascend_dynamo.memory.budget import Fit, Gear, MemoryBudget
+from ascend_dynamo.memory.budget import MemoryBudget
 from ascend_dynamo.memory.buffers import Buffer
 from ascend_dynamo.memory.evaluate import plan_at, shared_arena
 from ascend_dynamo.memory.forecast import forecast
+from ascend_dynamo.memory.gear import Fit, Gear
 from ascend_dynamo.memory.instances import read_csv, write_csv
 from ascend_dynamo.memory.lifetimes import Lifetime, Liveness
 from ascend_dynamo.memory.liveness import lifetimes_of, liveness

@@ -22,6 +22,7 @@ from ascend_dynamo.ir.fakes import fake_mode_of
 from ascend_dynamo.ir.sym import expr, numel
 from ascend_dynamo.memory.buffers import Buffer
 from ascend_dynamo.memory.lifetimes import Lifetime, Liveness, Size, Symbol
+from ascend_dynamo.memory.views import is_dense, viewable
 
 _aten = torch.ops.aten
 Owner = tuple[fx.Node, int]  # the call that allocates, and which of its results
@@ -198,36 +199,5 @@ def _is_view(node: fx.Node, source: fx.Node) -> bool:
         return False
     sizes, strides = ([compat.size_hint(s) for s in given] for given in (old.shape, old.stride()))
     if node.target is _aten.contiguous.default:
-        return _dense(sizes, strides)
+        return is_dense(sizes, strides)
     return viewable(sizes, strides, [compat.size_hint(s) for s in new.shape])
-
-
-def _dense(sizes: list[int], strides: list[int]) -> bool:
-    return len(viewable_blocks(sizes, strides)) <= 1
-
-
-def viewable_blocks(sizes: list[int], strides: list[int]) -> list[tuple[int, int]]:
-    """Maximal runs of axes that lie in memory as one axis: (elements, innermost stride) of each, outermost first."""
-    blocks: list[tuple[int, int]] = []
-    for n, s in zip(sizes, strides, strict=True):
-        if n == 1:
-            continue
-        if blocks and blocks[-1][1] == n * s:
-            blocks[-1] = (blocks[-1][0] * n, s)
-        else:
-            blocks.append((n, s))
-    return blocks
-
-
-def viewable(sizes: list[int], strides: list[int], shape: list[int]) -> bool:
-    """Whether a tensor of these sizes and strides can be viewed in ``shape`` (ATen's rule: no axis of the result
-    crosses the border of two blocks that do not lie one behind the other)."""
-    if 0 in sizes:
-        return True
-    todo = [n for n in shape if n != 1]
-    for elements, _ in viewable_blocks(sizes, strides):
-        while elements > 1:
-            if not todo or elements % todo[0]:
-                return False
-            elements //= todo.pop(0)
-    return not todo

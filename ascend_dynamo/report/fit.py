@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from ascend_dynamo.errors import MemoryPlanError
-from ascend_dynamo.memory.budget import Fit, Gear, MemoryBudget
-from ascend_dynamo.memory.forecast import forecast
+from ascend_dynamo.memory import Fit, Gear, MemoryBudget, forecast
 
 
 def check_fit(

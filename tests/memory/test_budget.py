@@ -17,8 +17,7 @@ from transformers import DeepseekV3Config, Gemma3TextConfig, Qwen3Config
 import ascend_dynamo
 from ascend_dynamo.cli import main
 from ascend_dynamo.errors import MemoryLimitError, MemoryPlanError
-from ascend_dynamo.memory.budget import Gear, MemoryBudget
-from ascend_dynamo.memory.forecast import forecast
+from ascend_dynamo.memory import Gear, MemoryBudget, forecast
 from ascend_dynamo.memory.units import parse_bytes, show_bytes
 from ascend_dynamo.runtime.kv import PagedKVCache
 from ascend_dynamo.runtime.kv.layer_kinds import LayerKind, layer_kinds

@@ -18,7 +18,7 @@ import ascend_dynamo
 from ascend_dynamo.errors import MemoryPlanError
 from ascend_dynamo.memory import Buffer, Lifetime, Liveness, lifetimes_of, liveness, plan_at, shared_arena
 from ascend_dynamo.memory.lifetimes import peak_of
-from ascend_dynamo.memory.liveness import viewable
+from ascend_dynamo.memory.views import is_dense, viewable
 
 KB = 256  # float32 elements
 
@@ -134,6 +134,7 @@ def test_viewable_is_what_torch_can_view(data):
         x = x[..., ::2]
     if data.draw(st.booleans()):
         x = x.unsqueeze(-1).expand(*x.shape, 3)
+    assert is_dense(list(x.shape), list(x.stride())) == x.is_contiguous()
     left, shape = x.numel(), []
     while left > 1:
         factor = data.draw(st.sampled_from([d for d in range(1, left + 1) if left % d == 0]))
