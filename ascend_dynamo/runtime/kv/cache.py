@@ -141,7 +141,7 @@ class PagedKVCache(Cache):
     def _reorder(self, parents: list[int]) -> None:
         if self.groups[0].seen == 0:
             return
-        for group in self.groups:
+        for group in self.groups if len(self.groups) > 1 else ():  # all of them or none
             group.pool.reorder(group.sequences, parents, dry_run=True)
         for group in self.groups:
             group.reorder(parents)
@@ -157,7 +157,7 @@ class PagedKVCache(Cache):
         length = max(self.groups[0].seen + tokens_to_remove, 0)
         if length == self.groups[0].seen:
             return
-        for group in self.groups:
+        for group in self.groups if len(self.groups) > 1 else ():
             group.pool.crop(group.sequences, length, dry_run=True)
         for group in self.groups:
             group.crop(length)

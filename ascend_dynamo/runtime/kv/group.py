@@ -69,14 +69,24 @@ class PageGroup:
         try:
             for peer in self.peers:
                 peer.pool.require(peer._missing(before, tokens))
-            copies = self.pool.append_all(self._missing(before, tokens))
+            missing = self._missing(before, tokens)
+            changed = [self._first_change(s, length, s in missing) for s, length in self._rows(before)]
+            copies = self.pool.append_all(missing)
         except KVCacheError:
             for group in opened:
                 group._close()
             raise
         self.copy_pages(copies)
-        changed = [length // self.page_size if self.pool.window is None else 0 for length in before]
         return [(c, self.pool.table(s)[c:]) for c, s in zip(changed, self.sequences, strict=True)]
+
+    def _rows(self, before: Sequence[int]) -> list[tuple[int, int]]:
+        return list(zip(self.sequences, before, strict=True))
+
+    def _first_change(self, sequence: int, length: int, grows: bool) -> int:
+        """The first table column that an append may change: a window gives pages back from where it stopped."""
+        if self.pool.window is None:
+            return length // self.page_size
+        return self.pool.given_back(sequence) if grows else 0
 
     def _open(self, batch: int) -> bool:
         """Sequences for the rows, if there are none yet; whether this call opened them."""
@@ -101,7 +111,7 @@ class PageGroup:
     def _missing(self, before: Sequence[int], tokens: int) -> dict[int, int]:
         return {
             sequence: length + tokens - self.pool.length(sequence)
-            for sequence, length in zip(self.sequences, before, strict=True)
+            for sequence, length in self._rows(before)
             if length + tokens > self.pool.length(sequence)
         }
 

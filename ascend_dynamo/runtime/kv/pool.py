@@ -260,6 +260,10 @@ class BlockPool:
         """The pages of a sequence in order; -1 where there is none."""
         return tuple(self._get(sequence).pages)
 
+    def given_back(self, sequence: int) -> int:
+        """How many leading pages of a sequence were given back behind the window."""
+        return self._get(sequence).gone
+
     def slots(self, sequence: int, begin: int, end: int) -> list[int]:
         """page * page_size + offset of tokens ``begin`` to ``end``; -1 in a page that is not stored."""
         one, size = self._get(sequence), self.page_size

@@ -27,6 +27,10 @@ def sound(cache: PagedKVCache) -> None:
     assert statistics.orphans == 0 and statistics.largest_waste < cache.page_size
     for group in cache.groups:
         group.pool.check()
+        for row, sequence in zip(group.block_table, group.sequences, strict=True):  # what the kernels read
+            table = group.pool.table(sequence)
+            assert row[: len(table)].tolist() == list(table) and set(row[len(table) :].tolist()) <= {-1}
+        assert group.kv_len.tolist() == [group.seen] * len(group.sequences)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

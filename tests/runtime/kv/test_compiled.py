@@ -49,6 +49,8 @@ def test_prompt_and_decoding_as_whole_graphs(name: str, layers: int) -> None:
                 group.pool.check()
                 assert group.pool.window is None or group.pool.table(group.sequences[0])[0] == -1
     assert len(backend.records) == 2
+    if name == "tiny-gemma2":  # both layers of the step read the pages where they are
+        assert backend.records[1].count("paged_attention") == 2
 
 
 def test_one_graph_runs_every_packed_step() -> None:
