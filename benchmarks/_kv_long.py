@@ -58,8 +58,8 @@ def prompts(model: Any, sizes: Sequence[int]) -> list[Tensor]:
     return [_models.token_ids(model.config.vocab_size, 1, n, seed=i) for i, n in enumerate(sizes)]
 
 
-def alone(model: Any, requests: list[Tensor], forced: Tensor | None) -> Outcome:
-    """Each request by itself, with a cache that grows; of the caches the largest is held at a time."""
+def alone(model: Any, requests: list[Tensor], forced: Tensor | None, sizes: Sequence[int]) -> Outcome:
+    """Each request by itself, with a cache that grows. ``sizes`` are the lengths that there must be room for."""
     from transformers import DynamicCache
 
     rows, kv = [], 0
@@ -76,7 +76,7 @@ def alone(model: Any, requests: list[Tensor], forced: Tensor | None) -> Outcome:
     return Outcome(math.nan, kv, 0.0, torch.cat(rows, 1))
 
 
-def padded(model: Any, requests: list[Tensor], forced: Tensor | None) -> Outcome:
+def padded(model: Any, requests: list[Tensor], forced: Tensor | None, sizes: Sequence[int]) -> Outcome:
     """All in one batch, each row as long as the longest request, padding on the left."""
     from transformers import StaticCache
 
@@ -105,26 +105,26 @@ def padded(model: Any, requests: list[Tensor], forced: Tensor | None) -> Outcome
     return Outcome(math.nan, caches.allocated(caches.buffers(cache)), 0.0, torch.stack(seen))
 
 
-def paged(model: Any, requests: list[Tensor], forced: Tensor | None) -> Outcome:
+def paged(model: Any, requests: list[Tensor], forced: Tensor | None, sizes: Sequence[int]) -> Outcome:
     """Ours: every step packs a chunk of each prompt that is not done, then a token of each, over one paged cache."""
     from ascend_dynamo.runtime.kv import PagedKVCache, PagedRequests
 
     assert forced is not None
     step = compiled(model)
-    rooms = [-(-(r.shape[1] + STEPS) // caches.PAGE) * caches.PAGE for r in requests]
+    rooms = [-(-(n + STEPS) // caches.PAGE) * caches.PAGE for n in sizes]
     cache = PagedKVCache(model.config, max_tokens=sum(rooms), max_length=max(rooms), page_size=caches.PAGE)
     server = PagedRequests(cache)
     waiting = {server.open([]): request[0].tolist() for request in requests}
     order = list(waiting)
     first: dict[int, Tensor] = {}
     while waiting:
-        batch = server.step({r: tokens[:CHUNK] for r, tokens in waiting.items()})
+        batch = server.step({r: tokens[:CHUNK] for r, tokens in waiting.items()}, rows=len(order))
         logits = step(**batch.inputs()).logits[0]
         first |= {r: logits[i] for i, r in enumerate(waiting) if len(waiting[r]) <= CHUNK}
         waiting = {r: tokens[CHUNK:] for r, tokens in waiting.items() if len(tokens) > CHUNK}
     seen = [torch.stack([first[r] for r in order])]
     for i in range(STEPS - 1):
-        batch = server.step({r: [int(t)] for r, t in zip(order, forced[i], strict=True)})
+        batch = server.step({r: [int(t)] for r, t in zip(order, forced[i], strict=True)}, rows=len(order))
         seen.append(step(**batch.inputs()).logits[0])
     stored = caches.allocated(caches.buffers(cache))
     server.free(*order)
@@ -143,16 +143,10 @@ def compiled(model: Any) -> Any:
 
 
 WAYS = {"exact": alone, "alone": alone, "padded": padded, "paged": paged}
-WARM = (
-    600,
-    700,
-    1100,
-    1700,
-)  # lengths of the requests that are run first: the same batches, and nothing is compiled later
 
 
 def serve(way: str, folder: Path, sizes: Sequence[int]) -> None:
-    """Run one way here, small requests first, so that what libraries set up once is not counted."""
+    """Run one way here; the requests' beginnings first, so that what is made and compiled once is not counted."""
     model = _models.build(MODEL, layers=LAYERS, check=False)
     _models.assert_context_sensitive(model)
     run = WAYS[way]
@@ -160,11 +154,12 @@ def serve(way: str, folder: Path, sizes: Sequence[int]) -> None:
         model = model.float()
     forced = None if way == "exact" else torch.load(folder / "exact.pt")["logits"].argmax(-1)
     with torch.no_grad():
+        short = [min(n, CHUNK + 100 * i) for i, n in enumerate(sizes)]
         for _ in range(2):
-            run(model, prompts(model, WARM), None if forced is None else torch.full((STEPS, len(WARM)), 20))
+            run(model, prompts(model, short), None if forced is None else torch.full((STEPS, len(short)), 20), sizes)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         start = time.perf_counter()
-        done, peak = _memory.peak_of(lambda: run(model, prompts(model, sizes), forced))
+        done, peak = _memory.peak_of(lambda: run(model, prompts(model, sizes), forced, sizes))
     seconds = time.perf_counter() - start
     late = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
     result = {"peak": peak, "kv": done.kv, "seconds": seconds, "logits": done.logits.float()}
