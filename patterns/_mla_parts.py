@@ -142,6 +142,9 @@ def per_token(facts: Facts, source: fx.Node, labels: Labels, sizes: Sizes) -> Ro
         return None
     if not all(facts.known(s == 1) for d, s in enumerate(shape) if d not in dims):
         return None
+    flat_tokens = token.endswith(".1") and batch == f"{flat}.0"
+    if not flat_tokens and len(dims) > 1 and facts.known(shape[dims[-2]] != sizes.tokens):
+        return None  # the program does not run
     return Rows(source, dims, (sizes.batch, 1, sizes.tokens, shape[dims[-1]]))
 
 

@@ -72,11 +72,11 @@ class MlaAbsorb(ProceduralPattern):
     def rewrite(self, b: Builder, m: Match) -> tuple[fx.Node, ...]:
         mla: LatentAttention = m.inputs["mla"]
         latent, rope = mla.latent.emit(b), mla.rope.emit(b)
-        q_latent = _queries_to_latents(b, mla.query(b, mla.nope), mla.w_uk)
+        q_latent = queries_to_latents(b, mla.query(b, mla.nope), mla.w_uk)
         q = b.op(aten.cat.default, [q_latent, mla.query(b, mla.roped)], 3)
         k = b.op(aten.cat.default, [latent, rope], 3)
         y = b.op(ascend.flash_attention.default, q, k, latent, **mla.attention.kwargs)
-        return (_latents_to_values(b, y, mla.w_uv),)
+        return (latents_to_values(b, y, mla.w_uv),)
 
     def fuzz_inputs(self, rng: random.Random, dtype: torch.dtype, spelling: int) -> tuple[Any, ...]:
         return fuzz_inputs(rng, dtype, spelling)
@@ -95,7 +95,7 @@ def keys_from_which_it_pays(queries: Any, nope: int, value: int, rank: int, rope
     return -(-GAIN * queries * expand // per_key) if per_key > 0 else None
 
 
-def _queries_to_latents(b: Builder, q: fx.Node, weights: HeadWeights) -> fx.Node:
+def queries_to_latents(b: Builder, q: fx.Node, weights: HeadWeights) -> fx.Node:
     """q [B, H, S, N] times the weights [H, N, R] of its head: [B, H, S, R].
 
     Heads lead, here and below, so that the weights are read where they lie: with batches in front, matmul would copy
@@ -109,7 +109,7 @@ def _queries_to_latents(b: Builder, q: fx.Node, weights: HeadWeights) -> fx.Node
     return b.op(aten.permute.default, q, [1, 0, 2, 3])
 
 
-def _latents_to_values(b: Builder, y: fx.Node, weights: HeadWeights) -> fx.Node:
+def latents_to_values(b: Builder, y: fx.Node, weights: HeadWeights) -> fx.Node:
     """y [B, H, S, R] times the transposed weights [H, V, R] of its head: [B, H, S, V].
 
     The weights come first: a bfloat16 matmul whose second operand is transposed copies it (four times slower here).

@@ -80,8 +80,14 @@ def budget_of(node: fx.Node, lifted: Mapping[fx.Node, Any]) -> Budget:
         node, index = node.args  # type: ignore[assignment]
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: lifted.get(n, n.meta.get("val")))
     if node.target in _DOTS and all(n in lifted for n in node.all_input_nodes):
-        sizes = node.target(*(a.abs() if isinstance(a, torch.Tensor) else a for a in args))  # type: ignore[operator]
-        return Budget(UNITS, sizes)
+        # What an operand may be off by, as a kernel of its own operator, goes through the product too.
+        granted = [budget_of(a, lifted) if isinstance(a, fx.Node) else PLAIN for a in node.args]
+        operands = [a.abs() if isinstance(a, torch.Tensor) else a for a in args]
+        for i, own in enumerate(granted):
+            if own.row_scale is not None:
+                operands[i] = torch.maximum(operands[i], own.row_scale.expand_as(operands[i]))
+        units = UNITS + sum(own.c_ulp for own in granted if own.row_scale is not None)
+        return Budget(units, node.target(*operands))  # type: ignore[operator]
     if not is_dialect_op(node.target):
         return PLAIN
     spec = spec_of(node.target)
