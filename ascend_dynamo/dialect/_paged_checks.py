@@ -150,12 +150,12 @@ def kv_write_samples(d: Draw) -> Iterator[Sample]:
     ):
         caches = d.normal(4, 4, 2, 8), d.normal(4, 4, 2, 6)
         yield Sample((d.normal(4, 2, 8), d.normal(4, 2, 6), *caches, torch.tensor(slots)), {}, note)
-    caches = tuple(d.ints(4, 4, 2, n, low=-127, high=128, dtype=torch.int8) for n in (8, 6))
+    int8 = [d.ints(4, 4, 2, n, low=-127, high=128, dtype=torch.int8) for n in (8, 6)]
     scales = {f"{name}_scale": d.uniform(4, 4, 2, low=0.001, high=0.02, dtype=torch.float32) for name in "kv"}
     k, v = d.normal(4, 2, 8), d.normal(4, 2, 6)
     k[..., 0] = v[..., 0] = 127 / 16  # a scale of 1 / 16, so that quotients, ties too, are exact in every dtype
     k[2, 1] = 0
-    yield Sample((k, v, *caches, torch.tensor([-1, 0, 3, 9])), scales, "int8")
+    yield Sample((k, v, *int8, torch.tensor([-1, 0, 3, 9])), scales, "int8")
     stacked = d.normal(2, 4, 4, 2, 8)
     yield Sample(
         (

@@ -31,7 +31,7 @@ def _torch_dir() -> Path:
 
 
 def _flags(source: Path) -> tuple[str, ...]:
-    flags = _FLAGS
+    flags: tuple[str, ...] = _FLAGS
     if source.name in _NEEDS_X86:
         flags += _X86_FLAGS
     if source.name in _NEEDS_TORCH:

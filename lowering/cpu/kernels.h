@@ -63,8 +63,8 @@ struct Attention {
   Stored k2;
   int64_t d2 = 0, q2_stride[3] = {};
 
-  // Pages of the one sequence (batch is 1), or null. A negative page holds zeros: `zeros` is a row of them, of all heads
-  // if these are nearer to each other than tokens are.
+  // Pages of the one sequence (batch is 1), or null. A negative page holds zeros: `zeros` is a row of them, of all
+  // heads if these are nearer to each other than tokens are.
   const int32_t* table = nullptr;
   int64_t page = 1;
   const void* zeros = nullptr;

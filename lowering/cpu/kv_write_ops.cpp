@@ -32,7 +32,8 @@ void check(const char* op, const Write& w, const at::Tensor& slots) {
   TORCH_CHECK_VALUE(int8 == w.scale.has_value(), op, ": ", w.name, " is ", w.cache.scalar_type(), " with ",
                     w.scale ? "scales" : "no scales",
                     "; an int8 cache needs scales [blocks, block_size, heads], another takes none");
-  TORCH_CHECK_VALUE(!w.scale || (w.scale->scalar_type() == at::kFloat && w.scale->sizes() == w.cache.sizes().slice(0, 3)),
+  TORCH_CHECK_VALUE(!w.scale || (w.scale->scalar_type() == at::kFloat &&
+                                 w.scale->sizes() == w.cache.sizes().slice(0, 3)),
                     op, ": the scales of ", w.name, " ", w.cache.sizes(), " must be float32 ",
                     w.cache.sizes().slice(0, 3));
   const int64_t size = w.cache.size(1), room = w.cache.size(0) * size;

@@ -53,11 +53,12 @@ std::vector<int64_t> numbers(const at::Tensor& t) {
 }
 
 void check_operands(const Call& c) {
-  TORCH_CHECK_VALUE(c.q.dim() == 3 && c.k.dim() == 4 && c.v.dim() == 4 && c.k.sizes().slice(0, 3) == c.v.sizes().slice(0, 3) &&
-                        c.q.size(2) == c.k.size(3) && c.k.size(2) > 0 && c.k.size(1) > 0 &&
-                        c.q.size(1) % c.k.size(2) == 0,
+  TORCH_CHECK_VALUE(c.q.dim() == 3 && c.k.dim() == 4 && c.v.dim() == 4 &&
+                        c.k.sizes().slice(0, 3) == c.v.sizes().slice(0, 3) && c.q.size(2) == c.k.size(3) &&
+                        c.k.size(2) > 0 && c.k.size(1) > 0 && c.q.size(1) % c.k.size(2) == 0,
                     c.op, ": q ", c.q.sizes(), " and caches ", c.k.sizes(), " and ", c.v.sizes(),
-                    " must be [T,Hq,D], [blocks,block_size,Hk,D] and [blocks,block_size,Hk,Dv] with Hq a multiple of Hk");
+                    " must be [T,Hq,D], [blocks,block_size,Hk,D] and [blocks,block_size,Hk,Dv] with Hq a multiple of "
+                    "Hk");
   TORCH_CHECK_VALUE(!c.q2 || (c.q2->dim() == 3 && c.q2->sizes().slice(0, 2) == c.q.sizes().slice(0, 2) &&
                               c.k2->dim() == 4 && c.k2->sizes().slice(0, 3) == c.k.sizes().slice(0, 3) &&
                               c.q2->size(2) == c.k2->size(3)),
@@ -159,7 +160,9 @@ std::optional<Dtype> arithmetic(const Call& c) {
 }
 
 Dtype stored_as(at::ScalarType type) {
-  return type == at::kFloat ? Dtype::f32 : type == at::kBFloat16 ? Dtype::bf16 : type == at::kHalf ? Dtype::f16 : Dtype::i8;
+  if (type == at::kFloat) return Dtype::f32;
+  if (type == at::kBFloat16) return Dtype::bf16;
+  return type == at::kHalf ? Dtype::f16 : Dtype::i8;
 }
 
 Stored stored(const at::Tensor& cache, const OptTensor& scale) {
