@@ -158,12 +158,14 @@ class Group {
   Instance* lease(const std::shared_ptr<const Plan>& plan, bool poison) {
     std::lock_guard<std::mutex> guard(lock_);
     for (Instance* instance : instances_) {
-      if (try_lease(*instance, plan, poison)) return instance;
+      std::lock_guard<std::mutex> inner(instance->lock);
+      if (instance->idle()) return lease(*instance, plan, poison);
     }
     Instance* fresh = Reservation::get()->take();
     if (fresh == nullptr) return nullptr;
     instances_.push_back(fresh);
-    return try_lease(*fresh, plan, poison) ? fresh : nullptr;
+    std::lock_guard<std::mutex> inner(fresh->lock);
+    return lease(*fresh, plan, poison);
   }
 
   // Give the memory of all idle instances back to the system; returns how many bytes.
@@ -191,14 +193,14 @@ class Group {
   }
 
  private:
-  static bool try_lease(Instance& instance, const std::shared_ptr<const Plan>& plan, bool poison) {
-    std::lock_guard<std::mutex> guard(instance.lock);
-    if (!instance.idle() || !Reservation::get()->commit(instance, plan->bytes)) return false;
+  // An idle instance, its lock held; null where the system has no memory for it (another would get none either).
+  static Instance* lease(Instance& instance, const std::shared_ptr<const Plan>& plan, bool poison) {
+    if (!Reservation::get()->commit(instance, plan->bytes)) return nullptr;
     instance.leased = true;
     instance.plan = plan;
     instance.poison = poison;
     instance.occupant.assign(plan->places.size(), kNobody);
-    return true;
+    return &instance;
   }
 
   std::mutex lock_;

@@ -217,6 +217,34 @@ def test_symbolic_sizes_tell_shapes_apart() -> None:
     assert shape_key([torch.empty(3), 4]) is None
 
 
+def test_a_plan_larger_than_an_arena_leaves_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    arenas = Arenas()
+    monkeypatch.setattr(arenas.native, "slot_bytes", lambda: 100)
+    run = arenas.graph().around(lambda args: [args[0].cos().sin()])
+    for _ in range(3):
+        assert torch.equal(run([torch.ones(50)])[0], torch.ones(50).cos().sin())
+    (shape,) = arenas.stats().shapes
+    assert shape.state == "off" and shape.reason == "200 bytes are more than an arena holds (100)"
+
+
+def test_where_there_is_no_memory_the_heap_is_asked() -> None:
+    """And address space is not used up by asking again."""
+    out = in_a_process("""
+        import resource
+        from ascend_dynamo.runtime.arena import Arenas
+        arenas, x = Arenas(), torch.ones(16 << 20)
+        run = arenas.graph().around(lambda args: [args[0].cos().sin().sum()])
+        run([x])
+        with open("/proc/self/status") as status:
+            used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+        resource.setrlimit(resource.RLIMIT_DATA, (used + (32 << 20), resource.RLIM_INFINITY))
+        for _ in range(80):  # the plan takes 128 MB, this call hardly anything
+            assert torch.equal(run([x[:9]])[0], x[:9].cos().sin().sum())
+        print(arenas.stats().shapes[0].unleased, arenas.stats().instances)
+    """)
+    assert out.split() == ["80", "1"]
+
+
 def test_a_plan_that_cannot_be_made_leaves_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise MemoryPlanError("planted")
