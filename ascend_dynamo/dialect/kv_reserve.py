@@ -8,6 +8,7 @@ guard asks which. Handles live in a table of weak references.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -30,11 +31,12 @@ class PageSource(Protocol):
 
 
 _SOURCES: WeakValueDictionary[int, PageSource] = WeakValueDictionary()
+_NUMBERS = count(1)  # never used twice: the handle of a dead source must not name another one
 
 
 def register_source(source: PageSource) -> Tensor:
     """A handle of ``source`` for ``kv_reserve``: int64, 0-d, in host memory. The source stays alive by others only."""
-    number = max(_SOURCES, default=0) + 1
+    number = next(_NUMBERS)
     _SOURCES[number] = source
     return torch.tensor(number, dtype=torch.int64)
 

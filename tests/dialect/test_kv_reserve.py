@@ -60,6 +60,8 @@ def test_a_refusal_changes_nothing() -> None:
     assert torch.equal(table, before[0]) and torch.equal(length, before[1])
     del source
     gc.collect()
+    other = Source(4)
+    assert int(register_source(other)) != int(handle)  # a dead source's number names nobody else
     with pytest.raises(KVCacheError, match="names no page pool that is alive"):
         ops.kv_reserve(handle, table, length, 1)
 

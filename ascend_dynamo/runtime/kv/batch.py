@@ -151,20 +151,26 @@ class PagedRequests:
         for group, want in zip(groups, wanted, strict=True):
             group.pool.require(want)
         begins = [self.length(request) for request in news]
+        ends = [begin + len(new) for begin, new in zip(begins, news.values(), strict=True)]
+        if max(ends) > groups[0].width * groups[0].page_size:
+            raise KVCacheError(
+                f"a request of {max(ends)} tokens does not fit tables of {groups[0].width} pages of"
+                f" {groups[0].page_size}; make the cache with max_length={max(ends)} or more"
+            )
+        starts = [0, *accumulate(map(len, news.values()))]
+        padding, empty = [0] * (tokens - starts[-1]), [0] * (rows - len(news))
+        device = groups[0].device
+        input_ids = torch.tensor([[*(t for new in news.values() for t in new), *padding]], device=device)
         for group, want in zip(groups, wanted, strict=True):
             group.copy_pages(group.pool.append_all(want))
-        ends = [begin + len(new) for begin, new in zip(begins, news.values(), strict=True)]
-        starts = [0, *accumulate(map(len, news.values()))]
         spans = list(zip(begins, ends, strict=True))
-        padding, empty = [0] * (tokens - starts[-1]), [0] * (rows - len(news))
         view = PackedView(self.cache.layers, self._group_of)
-        device = groups[0].device
         for group, want in zip(groups, wanted, strict=True):
             slots = [slot for s, span in zip(want, spans, strict=True) for slot in group.pool.slots(s, *span)]
             view.slot_mappings += (torch.tensor([*slots, *[ABSENT] * len(padding)], device=device),)
         return PagedBatch(
             requests=tuple(news),
-            input_ids=torch.tensor([[*(t for new in news.values() for t in new), *padding]], device=device),
+            input_ids=input_ids,
             position_ids=torch.tensor([[*(p for span in spans for p in range(*span)), *padding]], device=device),
             q_start=torch.tensor([*starts, *[starts[-1]] * len(empty)], dtype=torch.int32),
             kv_len=torch.tensor([*ends, *empty], dtype=torch.int32),

@@ -134,6 +134,8 @@ def test_errors_leave_everything_as_it_was(paged: Any) -> None:
     before = state()
     with pytest.raises(OutOfPagesError, match="8 pages asked for, 6 to be had"):
         requests.step({first: [1], second: b})
+    with pytest.raises(ValueError):
+        requests.step({first: ["a word"]})  # type: ignore[list-item]
     with pytest.raises(KVCacheError, match="at least one token"):
         requests.step({first: []})
     with pytest.raises(KVCacheError):
@@ -171,3 +173,12 @@ def test_packed_attention_says_what_it_does_not_serve(paged: Any) -> None:
     batch = requests.step({requests.open([1, 2, 3]): [1, 2, 3]})
     with pytest.raises(UnsupportedCacheError, match="chunked attention"):
         paged_attention_forward(sliding.model.layers[0].self_attn, q, q, q, None, paged=batch)
+
+
+def test_a_request_longer_than_its_table_is_refused() -> None:
+    model = model_of("tiny-qwen3")
+    requests = PagedRequests(PagedKVCache(model.config, num_pages=10, page_size=4, max_length=8))
+    request = requests.open([1])
+    with pytest.raises(KVCacheError, match=r"request of 9 tokens does not fit tables of 2 pages of 4; .* max_length=9"):
+        requests.step({request: [1] * 9})
+    assert requests.length(request) == 0 and requests.step({request: [1] * 8}).block_table.shape == (1, 2)
