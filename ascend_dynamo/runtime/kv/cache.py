@@ -136,6 +136,8 @@ class PagedKVCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the rows ``indices`` (numbers, or a bool mask)."""
+        if self.groups[0].seen == 0:
+            return
         self._reorder(torch.arange(len(self.groups[0].sequences))[indices.cpu()].tolist())
 
     def _reorder(self, parents: list[int]) -> None:

@@ -135,6 +135,8 @@ class PageGroup:
         """Only the first ``length`` tokens of every row."""
         self.copy_pages(self.pool.crop(self.sequences, length))
         self.seen = length
+        if length == 0:
+            self._close()  # a batch of any size may come
         self.refresh()
 
     def reset(self) -> None:
@@ -149,7 +151,7 @@ class PageGroup:
         """Write the tables of all rows, in place if the batch is as large as before."""
         if self.block_table is None or self.kv_len is None:
             return
-        if self.block_table.shape[0] != len(self.sequences):
+        if self.sequences and self.block_table.shape[0] != len(self.sequences):
             self.start(len(self.sequences))
         self.block_table.fill_(ABSENT)
         for row, sequence in enumerate(self.sequences):
