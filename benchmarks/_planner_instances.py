@@ -1,7 +1,6 @@
 """Planning problems whose optimum is known: a block of time x memory that is cut into buffers with nothing left over.
 
-What fills the block completely cannot be planned in less than its height. ``trim`` then shortens lifetimes that do not
-touch one column, which keeps the optimum (the column stays full) and makes the rest look like a real program.
+What fills the block completely cannot be planned in less than its height.
 """
 
 from __future__ import annotations
@@ -24,28 +23,26 @@ class Family:
         across: how often a cut separates memory rather than time.
         wheel: how often five pieces are cut as a pinwheel, which no sequence of straight cuts can make.
         long: buffers that live as long as the block, laid on the bottom before anything is cut.
-        trim: share of the buffers whose lifetime is shortened.
-        even: cuts in the middle (0.5) or anywhere (0).
+        even: how far cuts stay away from the edges: 0.5 is the middle.
     """
 
-    times: int = 1000
-    units: int = 1024
-    unit: int = 1024
+    times: int = 20_000
+    units: int = 8192
+    unit: int = 256
     across: float = 0.5
     wheel: float = 0.0
     long: int = 0
-    trim: float = 0.0
     even: float = 0.1
 
 
 FAMILIES = {
     "guillotine": Family(),
-    "pinwheel": Family(wheel=0.6),
-    "overlap": Family(across=0.65, wheel=0.3, trim=0.5),
-    "tall": Family(across=0.35, units=4096, wheel=0.2, trim=0.3),
-    "long": Family(long=24, wheel=0.3, trim=0.4),
-    "aligned": Family(times=240, units=64, unit=16384, wheel=0.3, trim=0.4),
-    "greedy": Family(across=0.55, even=0.35, wheel=0.5, trim=0.25),
+    "pinwheel": Family(wheel=0.5),
+    "overlap": Family(across=0.6),
+    "tall": Family(across=0.3, wheel=0.2),
+    "long": Family(across=0.4, long=4),
+    "aligned": Family(times=5000, units=256, unit=4096, across=0.45, wheel=0.1),
+    "greedy": Family(even=0.3, wheel=0.3),
 }
 
 Box = tuple[int, int, int, int]  # start, end, bottom, top
@@ -65,8 +62,6 @@ def instance(family: str, count: int, seed: int) -> tuple[list[Buffer], int]:
         whole[at : at + 1] = pieces
     boxes += whole
     assert len(boxes) == count, f"{family}: only {len(boxes)} of {count} buffers could be cut"
-    if how.trim:
-        boxes = _trimmed(boxes, how, rng)
     rng.shuffle(boxes)
     return [Buffer(f"b{i}", s, e, (t - b) * how.unit) for i, (s, e, b, t) in enumerate(boxes)], how.units * how.unit
 
@@ -87,15 +82,3 @@ def _cut(box: Box, how: Family, rng: random.Random, room: int) -> list[Box]:
         return [box]
     at = rng.randint(low + margin, high - margin)
     return [(s, e, b, at), (s, e, at, t)] if memory else [(s, at, b, t), (at, e, b, t)]
-
-
-def _trimmed(boxes: list[Box], how: Family, rng: random.Random) -> list[Box]:
-    """Some lifetimes shortened, none of them in the one column that stays full."""
-    column = rng.randrange(how.times)
-    out = []
-    for s, e, b, t in boxes:
-        if rng.random() < how.trim and e - s > 1 and not s <= column < e:
-            cut = rng.randint(1, max(1, (e - s) // 3))
-            s, e = (s + cut, e) if rng.random() < 0.5 else (s, e - cut)
-        out.append((s, e, b, t))
-    return out

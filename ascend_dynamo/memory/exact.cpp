@@ -71,11 +71,12 @@ class Search {
     pair_twins();
   }
 
-  // Tries until found, refuted, or `nodes` steps are done. `kind` is the order of preference among buffers that could
-  // lie at the same offset; `noise` disturbs it. `focus`: how much failures draw the search to a section.
-  Outcome run(Int kind, Niches niches, double focus, double noise, Int nodes) {
+  // Tries until found, refuted, or `nodes` steps are done. `kind`: the order of preference among buffers that could lie
+  // at the same offset; `noise` disturbs it. A niche is looked for in `look` sections; failures draw it by `focus`.
+  Outcome run(Int kind, Niches niches, std::size_t look, double focus, double noise, Int nodes) {
     kind_ = kind;
     focus_ = focus;
+    look_ = look;
     niches_ = niches;
     nodes_ = nodes;
     std::normal_distribution<double> normal(0.0, 1.0);
@@ -237,9 +238,7 @@ class Search {
     return lowest_[i] < floor || (lowest_[i] == floor && rank_[i] < rank);
   }
 
-  bool before(Int i, Int j) const {
-    return release_[i] != release_[j] ? release_[i] < release_[j] : rank_[i] < rank_[j];
-  }
+  bool before(Int i, Int j) const { return std::pair(release_[i], rank_[i]) < std::pair(release_[j], rank_[j]); }
 
   // The lowest offset that each can still have. One that was passed over can only come on top of an open one.
   bool release(const Ints& open, Int floor, Int rank) {
@@ -303,11 +302,10 @@ class Search {
       const double promise = choices_[s] == 1 ? 0.0 : double(choices_[s]) / (1.0 + focus_ * failures_[s]);
       sections_to_try_.emplace_back(promise, s);
     }
-    const std::size_t most = std::min(kLook, sections_to_try_.size());
+    const std::size_t most = std::min(look_, sections_to_try_.size());
     std::partial_sort(sections_to_try_.begin(), sections_to_try_.begin() + most, sections_to_try_.end());
     for (std::size_t t = 0; t < most; ++t) {
-      const Int section = sections_to_try_[t].second;
-      if (certain(open, section, next)) return section;
+      if (certain(open, sections_to_try_[t].second, next)) return sections_to_try_[t].second;
     }
     next.clear();
     return -1;
@@ -358,8 +356,6 @@ class Search {
     return outcome;
   }
 
-  static constexpr std::size_t kLook = 16;  // sections that are looked at for a niche
-
   const Buffers b_;
   const Int n_, sections_, capacity_;
   const Clock::time_point deadline_;
@@ -371,6 +367,7 @@ class Search {
   std::vector<std::pair<Int, Int>> trail_;
   Int kind_ = 0, nodes_ = 0, used_ = 0;
   double focus_ = 0.0;
+  std::size_t look_ = 0;
   Niches niches_ = Niches::kNever;
 };
 
@@ -382,10 +379,10 @@ extern "C" __attribute__((visibility("default"))) int ascend_plan_exact(
     Int count, Int sections, const Int* first, const Int* last, const Int* span, const Int* size, const Int* stack,
     const Int* align, const Int* fixed, Int capacity, Int nodes, double seconds, std::uint64_t seed, Int* offsets) {
   constexpr Niches kNiches[] = {Niches::kAny, Niches::kForced, Niches::kNever, Niches::kAny};
+  constexpr std::size_t kLook[] = {16, 16, 16, 100};
   constexpr double kFocus[] = {0.0, 0.1, 0.0, 0.1};
   constexpr Int kKinds = 5, kModes = 4;
-  const auto limit = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-  const auto deadline = Clock::now() + limit;
+  const auto deadline = Clock::now() + std::chrono::nanoseconds(Int(seconds * 1e9));
   Search search({count, first, last, span, size, stack, align, fixed}, sections, capacity, deadline, seed);
   Outcome outcome = Outcome::kLimit;
   double most = 2.0 * double(count);
@@ -393,7 +390,7 @@ extern "C" __attribute__((visibility("default"))) int ascend_plan_exact(
     const Int mode = round / kKinds % kModes;
     const double noise = round < kKinds * kModes ? 0.0 : 0.3;
     const Int steps = std::min(Int(most), nodes - search.used());
-    outcome = search.run(round % kKinds, kNiches[mode], kFocus[mode], noise, steps);
+    outcome = search.run(round % kKinds, kNiches[mode], kLook[mode], kFocus[mode], noise, steps);
     if (round % kKinds == kKinds - 1) most *= 1.1;
   }
   if (outcome == Outcome::kFound) std::copy(search.offsets().begin(), search.offsets().end(), offsets);
