@@ -59,8 +59,8 @@ def read_functionalized(n: fx.Node) -> Functionalized | None:
     written = [a for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if any(not str(a.type).removeprefix("Optional[").startswith("Tensor") for a in written):
         return None
-    given = dict(n.kwargs)
-    bases: list[Any] = list(given.pop("_all_bases", ()))  # type: ignore[call-overload]
+    given: dict[str, Any] = dict(n.kwargs)
+    bases: list[Any] = list(given.pop("_all_bases", ()))
     given.pop("_only_clone_these_tensors", None)
     views: dict[str, View | None] = {}
     for a in written:

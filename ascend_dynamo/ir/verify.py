@@ -116,12 +116,12 @@ def _promises(unit: GraphUnit, before: Promise) -> None:
     if guards != before.guards:
         raise VerifyError(f"the pass added {guards - before.guards} guards: use facts.known instead of comparing sizes")
     writes, written = _writes(unit.gm)
+    if writes < before.writes:
+        raise VerifyError(f"the graph made {before.writes} writes to memory, and now makes {writes}")
     for i in sorted(before.written - written):
         raise VerifyError(f"the graph wrote its input {i}, and now does not")
     for i in sorted(written - before.written):
         raise VerifyError(f"the graph now writes its input {i}, which it only read")
-    if writes < before.writes:
-        raise VerifyError(f"the graph made {before.writes} writes to memory, and now makes {writes}")
 
 
 def _writes(gm: fx.GraphModule) -> tuple[int, frozenset[int]]:

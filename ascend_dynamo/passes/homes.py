@@ -61,8 +61,9 @@ def result_base(n: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """For a result of a functional call that stands for written memory: the call, and that memory before."""
     if n.target is not operator.getitem or not isinstance(n.args[0], fx.Node):
         return None
-    call, index = n.args
-    base = bases_of(call).get(index)  # type: ignore[call-overload]
+    call: Any = n.args[0]
+    index: Any = n.args[1]
+    base = bases_of(call).get(index)
     return None if base is None else (call, base)
 
 
@@ -108,11 +109,8 @@ def part_of(found: Functionalized, view: View) -> Path | None:
     if view.kind == "slice":
         return (Step("slice", (*(regions.value(s) for s in view.spec), 1)),)
     size, stride, offset = view.spec
-    return regions.strided(
-        found.bases[view.base].meta["val"],  # type: ignore[union-attr]
-        *map(_values, (size, stride)),
-        regions.value(offset),
-    )
+    base: Any = found.bases[view.base]
+    return regions.strided(base.meta["val"], _values(size), _values(stride), regions.value(offset))
 
 
 def _values(sizes: Any) -> tuple[Any, ...]:

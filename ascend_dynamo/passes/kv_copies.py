@@ -92,4 +92,4 @@ def _copied(n: fx.Node) -> list[fx.Node]:
     if target is _ascend.kv_gather.default:
         return [n.args[0]]  # type: ignore[list-item]
     call = read_functionalized(n)
-    return list(call.bases) if call is not None else []
+    return [b for b in call.bases if b is not None] if call is not None else []

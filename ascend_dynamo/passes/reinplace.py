@@ -190,8 +190,8 @@ class _Edit:
                     own = result if alone else b.op(operator.getitem, result, index)
                     taken.pop(index).replace_all_uses_with(own)
         first = 0 if found is None else found.first
-        for index, user in taken.items():
-            user.replace_all_uses_with(places[index - first])  # type: ignore[operator]
+        for at, user in taken.items():
+            user.replace_all_uses_with(places[at - first])  # type: ignore[operator]
         for user in list(call.users):
             self.unit.gm.graph.erase_node(user)
         self.unit.gm.graph.erase_node(call)

@@ -26,6 +26,7 @@ from .._mla_parts import Labels, through
 from .cache_writers import readers_of, stores_of, writers_of
 from .cache_writes import Write, read_write
 
+NEAR = 0.4  # how much of a cache must have been recognised for its refusal to be told
 Kind = Literal["dynamic", "static", "sliding"]
 
 
@@ -79,9 +80,14 @@ def describe_units(units: dict[str, KVUnit | NoMatch]) -> tuple[str, ...]:
 
 
 def cache_notes(facts: Facts, *operands: tuple[fx.Node, int]) -> tuple[str, ...]:
-    """``describe_units`` for operands that are not raised yet: nodes, and which of their axes counts tokens."""
+    """``describe_units`` for operands that are not raised yet: nodes, and which of their axes counts tokens.
+
+    What looks like a cache and is not proven to be one is said too, with what stopped it.
+    """
     labels = [(n, facts.axes(n)[1][tokens]) for n, tokens in operands]
-    return describe_units({n.name: find_unit(facts, n, ("1", "1", token, "1")) for n, token in labels})
+    units = {n.name: find_unit(facts, n, ("1", "1", token, "1")) for n, token in labels}
+    near = [u for u in units.values() if isinstance(u, NoMatch) and u.progress >= NEAR]
+    return describe_units(units) or tuple(f"no kv cache: {why}" for why in near[:1])
 
 
 def find_unit(facts: Facts, operand: fx.Node, labels: Labels) -> KVUnit | NoMatch:

@@ -130,3 +130,22 @@ def test_new_guards_and_lost_writes_are_found() -> None:
         verify(u, before)
     assert copy in copy.graph.nodes
     assert compat.guard_count(mode) == 1
+
+
+def test_another_input_that_is_written_is_found() -> None:
+    u = trace(lambda t, s: (t.add_(1).sum(), s * 2), [torch.ones(3), torch.ones(3)])
+    before = promise(u)
+    copy = call(u, aten.copy_.default)
+    copy.args = (u.gm.graph.find_nodes(op="placeholder")[1], copy.args[1])
+    with pytest.raises(VerifyError, match="wrote its input 0, and now does not"):
+        verify(u, before)
+    u = trace(lambda t, s: (t.add_(1).sum(), s * 2), [torch.ones(3), torch.ones(3)])
+    before = promise(u)
+    copy = call(u, aten.copy_.default)
+    with u.gm.graph.inserting_after(copy):
+        second = u.gm.graph.call_function(
+            aten.copy_.default, (u.gm.graph.find_nodes(op="placeholder")[1], copy.args[1])
+        )
+    second.meta["val"] = copy.meta["val"]
+    with pytest.raises(VerifyError, match="now writes its input 1, which it only read"):
+        verify(u, before)

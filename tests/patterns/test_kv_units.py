@@ -455,3 +455,17 @@ def test_caches_of_transformers(family, cache, prompt, kinds):
     said = [a for f in record.fired for a in f.assumes if a.startswith("kv cache")]
     assert record.count("flash_attention") == len(said) == 2
     assert {kind for kind in ("dynamic", "static", "sliding") for a in said if f"({kind})" in a} == kinds
+
+
+def test_why_an_attention_has_no_cache_is_told():
+    from pattern_support import fuse
+
+    def told(fn):
+        result = fuse(fn, [*inputs(), torch.tensor([4])], "sdpa")
+        (fired,) = [f for f in result.record.fired if f.pattern == "sdpa"]
+        return [a for a in fired.assumes if "kv cache" in a]
+
+    assert told(indexed) == ["kv cache (static): old tokens are read and written only here"]
+    (why,) = told(kept_elsewhere)
+    assert why.startswith("no kv cache: mutation:") and "kept elsewhere" in why
+    assert told(lambda q, k, v, old_k, old_v, at: attend(q, k * 2, v)) == []
