@@ -48,6 +48,8 @@ struct Call {
 };
 
 std::vector<int64_t> numbers(const at::Tensor& t) {
+  if (t.scalar_type() == at::kInt && t.is_contiguous())
+    return {t.const_data_ptr<int32_t>(), t.const_data_ptr<int32_t>() + t.numel()};
   const at::Tensor wide = t.to(at::kLong).contiguous();
   return {wide.const_data_ptr<int64_t>(), wide.const_data_ptr<int64_t>() + wide.numel()};
 }
@@ -93,16 +95,21 @@ void check_lengths(const Call& c) {
                     " keys, but a sequence has ", most);
 }
 
-// Every page that will be read is one of the cache. Entries that no query sees may be anything.
-void check_pages(const Call& c) {
+// Every page that will be read is one of the cache. Entries that no query sees may be anything. True if some of what
+// will be read was never stored.
+bool check_pages(const Call& c) {
+  int32_t least = 0;
   const int64_t blocks = c.k.size(0), size = c.size(), width = c.table.size(1);
   for (size_t b = 0; b < c.lengths.size(); ++b) {
     if (!c.has_work(b)) continue;
     const int32_t* page = c.table.const_data_ptr<int32_t>() + b * width;
-    for (int64_t i = c.first(b) / size; i < (c.lengths[b] + size - 1) / size; ++i)
+    for (int64_t i = c.first(b) / size; i < (c.lengths[b] + size - 1) / size; ++i) {
       TORCH_CHECK_INDEX(page[i] < blocks, c.op, ": block_table[", b, ", ", i, "] is ", page[i],
                         ", but the cache has ", blocks, " blocks");
+      least = std::min(least, page[i]);
+    }
   }
+  return least < 0;
 }
 
 // The keys [from, length) of one sequence, dense: [1, H, keys, D]. Zeros where a page was never stored, and in front of
@@ -184,7 +191,7 @@ int64_t span(const at::Tensor& cache) {
   return (near ? (cache.size(2) - 1) * cache.stride(2) : 0) + cache.size(3);
 }
 
-at::Tensor kernel(const Call& c, Dtype dtype) {
+at::Tensor kernel(const Call& c, Dtype dtype, bool holes) {
   const auto type = dtype == Dtype::f32 ? at::kFloat : at::kBFloat16;
   const auto operand = [&](const at::Tensor& t) {
     const at::Tensor typed = t.to(type);
@@ -196,7 +203,9 @@ at::Tensor kernel(const Call& c, Dtype dtype) {
   if (c.mask) mask = c.mask->stride(1) == 1 || c.mask->stride(1) == 0 ? *c.mask : c.mask->contiguous();
   if (c.sinks) sinks = c.sinks->to(at::kFloat).contiguous();
   const int64_t hq = c.q.size(1), dv = c.v.size(3);
-  const at::Tensor zeros = at::zeros({std::max({span(c.k), span(c.v), c.k2 ? span(*c.k2) : 0})}, at::kFloat);
+  at::Tensor zeros;
+  if (holes || c.window >= 0)
+    zeros = at::zeros({std::max({span(c.k), span(c.v), c.k2 ? span(*c.k2) : 0})}, at::kFloat);
   at::Tensor y = at::empty({c.q.size(0), hq, dv}, q.options());
 
   Attention shared;
@@ -227,7 +236,7 @@ at::Tensor kernel(const Call& c, Dtype dtype) {
   shared.scale = static_cast<float>(c.scale);
   shared.softcap = static_cast<float>(c.softcap);
   shared.page = c.size();
-  shared.zeros = zeros.const_data_ptr();
+  if (zeros.defined()) shared.zeros = zeros.const_data_ptr();
 
   const auto at_token = [&](const at::Tensor& t, int64_t token) {
     return static_cast<const char*>(t.const_data_ptr()) + token * t.stride(0) * t.element_size();
@@ -266,9 +275,9 @@ at::Tensor run(bool allow_kernel, Call c, const at::Tensor& table, const at::Ten
   c.lengths = numbers(kv_len);
   check_operands(c);
   check_lengths(c);
-  check_pages(c);
+  const bool holes = check_pages(c);
   const auto dtype = allow_kernel ? arithmetic(c) : std::nullopt;
-  return dtype ? kernel(c, *dtype) : portable(c);
+  return dtype ? kernel(c, *dtype, holes) : portable(c);
 }
 
 template <bool kernel>
