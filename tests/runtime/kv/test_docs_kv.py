@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
 
 
 def test_generate_as_shown(monkeypatch):
-    model = model_of("tiny-qwen3")
+    model = model_of("tiny-qwen3", 1)
     ids = prompt(model, 2, 9)
     plain = hf.compile_config
     monkeypatch.setattr(hf, "compile_config", lambda: plain(target="reference"))
