@@ -388,7 +388,8 @@ extern "C" __attribute__((visibility("default"))) int ascend_plan_exact(
   double most = 2.0 * double(count);
   for (Int round = 0; outcome == Outcome::kLimit && search.used() < nodes && Clock::now() < deadline; ++round) {
     const Int mode = round / kKinds % kModes;
-    const double noise = round < kKinds * kModes ? 0.0 : 0.3;
+    const Int cycle = round / (kKinds * kModes);
+    const double noise = cycle == 0 ? 0.0 : cycle % 2 == 1 ? 0.7 : 0.3;
     const Int steps = std::min(Int(most), nodes - search.used());
     outcome = search.run(round % kKinds, kNiches[mode], kLook[mode], kFocus[mode], noise, steps);
     if (round % kKinds == kKinds - 1) most *= 1.1;

@@ -33,7 +33,7 @@ def read_csv(path: Path | str) -> list[Buffer]:
 
 
 def _buffer(path: Path, line: int, row: dict[str, str | None]) -> Buffer:
-    values = []
+    values: list[int | None] = []
     for name in (*_COLUMNS[1:], *_MORE):
         text = (row.get(name) or "").strip()
         if not text and name in _MORE:
