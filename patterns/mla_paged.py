@@ -77,7 +77,7 @@ class MlaPaged(ProceduralPattern):
             return causal
         sizes = found.w_uk.size, found.w_uv.size, found.latent.shape[3], found.rope.shape[3]
         pays = keys_from_which_it_pays(queries, *sizes)
-        if pays is None or not facts.known(keys >= pays):
+        if pays is None or not (facts.known(keys >= pays) or _decodes(facts, queries, keys, pays)):
             wanted = "few queries against many keys" if pays is None else f"at least {pays} keys"
             return refuse(facts, "cost", anchor, wanted, f"{queries} queries against {keys} keys", 0.95)
         refusal = leaks(facts, found.nodes, (anchor,), 0.95)
@@ -131,6 +131,11 @@ def _paged(facts: Facts, anchor: fx.Node, rows: Rows) -> Gathered | NoMatch:
     if found.scale is not None or len(found.nodes) > 1:
         return refuse(facts, "dtype", anchor, "latents stored as they are used", "quantised or cast ones", 0.8)
     return replace(found, nodes=(*between, *found.nodes))
+
+
+def _decodes(facts: Facts, queries: Any, keys: Any, pays: int) -> bool:
+    """One query against nobody knows how many keys: a matter of cost only, and a cache is seldom all but empty."""
+    return isinstance(queries, int) and queries == 1 and not facts.known(keys < pays)
 
 
 def _plain(facts: Facts, anchor: fx.Node, call: dict[str, Any]) -> NoMatch | None:
