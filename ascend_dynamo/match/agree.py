@@ -82,7 +82,7 @@ def budget_of(node: fx.Node, lifted: Mapping[fx.Node, Any]) -> Budget:
     if node.target in _DOTS and all(n in lifted for n in node.all_input_nodes):
         # What an operand may be off by, as a kernel of its own operator, goes through the product too.
         granted = [budget_of(a, lifted) if isinstance(a, fx.Node) else PLAIN for a in node.args]
-        operands = [a.abs() if isinstance(a, torch.Tensor) else a for a in args]
+        operands: list[Any] = [a.abs() if isinstance(a, torch.Tensor) else a for a in args]
         for i, own in enumerate(granted):
             if own.row_scale is not None:
                 operands[i] = torch.maximum(operands[i], own.row_scale.expand_as(operands[i]))

@@ -191,7 +191,7 @@ class _Edit:
                     taken.pop(index).replace_all_uses_with(own)
         first = 0 if found is None else found.first
         for at, user in taken.items():
-            user.replace_all_uses_with(places[at - first])  # type: ignore[operator]
+            user.replace_all_uses_with(places[at - first])  # type: ignore[index,operator]
         for user in list(call.users):
             self.unit.gm.graph.erase_node(user)
         self.unit.gm.graph.erase_node(call)
