@@ -117,7 +117,7 @@ def prepare(case: dict[str, Any], contender: str) -> Prepared:
         def run() -> torch.Tensor:
             return ops.paged_attention(q, *next(sets), table, *ends, scale=scale, **options)
 
-    return Prepared(run, work={"bytes": size})
+    return Prepared(run, work={"bytes": size, "flops": 4.0 * batch * HEADS * context * DIM})
 
 
 def check(row: h.Row) -> None:
