@@ -4,11 +4,12 @@
 
 One layer of Qwen3-0.6B's attention (16 query heads of 128 over 8 key heads), batch 1, 4 and 16, context 128 to 32768
 (batch 16: to 8192).
-``contiguous`` is ascend_cpu.flash_attention on [B, Hk, S, D]; ``tokens`` the same on [B, S, Hk, D], the order in which
-pages hold their tokens; ``static`` is ascend_cpu.paged_attention on a StaticCache's buffer, one page a sequence;
-``page N`` on shuffled pages of N tokens; ``int8`` on int8 pages of 16; ``append`` is ascend_cpu.kv_write of one token a
-sequence. All but the last compute the same, which is checked. Caches are taken in turn from a set larger than the last
-cache, as a model's layers would be. The floor is the bytes of the cache at the measured read bandwidth.
+``contiguous`` is ascend_cpu.flash_attention on [B, Hk, S, D]; ``tokens`` the same on [B, S, Hk, D], as a projection
+writes them; ``static`` is ascend_cpu.paged_attention on a StaticCache's buffer, one page a sequence; ``page N`` on
+shuffled pages of N tokens, each [Hk, N, D] in memory, as ``PagedKVCache`` keeps them; ``int8`` on int8 pages of 16;
+``append`` is ascend_cpu.kv_write of one token a sequence. All but the last compute the same, which is checked. Caches
+are taken in turn from a set larger than the last cache, as a model's layers would be. The floor is the bytes of the
+cache at the measured read bandwidth.
 
 The goal is that pages of 16 tokens and more, and static buffers, cost at most 5 % more than ``contiguous``. A full run
 takes about 15 minutes.
@@ -55,7 +56,7 @@ def _paged(k: torch.Tensor, size: int, generator: torch.Generator) -> tuple[torc
     batch, tokens = k.shape[:2]
     count = batch * tokens // size
     order = torch.randperm(count, generator=generator)
-    pages = torch.empty(count, size, *k.shape[2:], dtype=k.dtype)
+    pages = torch.empty(count, k.shape[2], size, k.shape[3], dtype=k.dtype).transpose(1, 2)
     pages[order] = k.reshape(count, size, *k.shape[2:])
     return pages, order.view(batch, -1).to(torch.int32)
 

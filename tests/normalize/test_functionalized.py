@@ -89,7 +89,9 @@ def test_scales_come_behind_the_caches():
 
 
 @pytest.mark.parametrize(
-    "part", [lambda x: (x[0], x[1]), lambda x: (x[0, :3], x[0, 3:]), lambda x: (x[0], x[0].clone())], ids=str
+    "part",
+    [lambda x: (x[0], x[1]), lambda x: (x[0, :3], x[0, 3:]), lambda x: (x[0], x[0].clone())],
+    ids=["planes", "slices", "plane and copy"],
 )
 def test_parts_of_a_buffer_stay(part):
     def fn(k, v, both, slots):

@@ -47,6 +47,8 @@ class PoolMemory:
 class PageStore:
     """Pages of one layer: ``keys`` [pages, size, Hk, D] and ``values`` [pages, size, Hk, Dv].
 
+    In memory a page is [Hk, size, D]: what one head reads of it lies side by side, as in a contiguous cache. (Token by
+    token, a head's rows would lie at a large power of two from each other and share few lines of the first cache.)
     With ``quantized`` they are int8, with a float32 scale per token and head in ``k_scale`` and ``v_scale`` [pages,
     size, Hk], else those are None.
     """
@@ -64,11 +66,12 @@ class PageStore:
         allocate: Allocate = zeros,
     ) -> None:
         kept = torch.int8 if quantized else dtype
-        self.keys, self.values = (allocate((pages, size, heads, width), kept, device) for width in widths)
+        shapes = [(pages, heads, size, width) for width in widths]
+        self.keys, self.values = (_head_major(allocate(shape, kept, device)) for shape in shapes)
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
         if quantized:
-            self.k_scale, self.v_scale = (allocate((pages, size, heads), torch.float32, device) for _ in widths)
+            self.k_scale, self.v_scale = (_head_major(allocate(shape[:3], torch.float32, device)) for shape in shapes)
         if not torch.compiler.is_compiling():
             for tensor in self.tensors:  # else dynamic=True would make every size of every layer a symbol
                 mark_static_sizes(tensor)
@@ -103,6 +106,15 @@ class PageStore:
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         for tensor in self.tensors:
             tensor[targets] = tensor[sources]
+
+
+def _head_major(memory: Tensor) -> Tensor:
+    """[pages, Hk, size, ...] as [pages, size, Hk, ...]: a tensor of its own, for compilers treat a view with more care."""
+    seen = memory.transpose(1, 2)
+    own: Tensor = memory.new_empty(0).set_(  # type: ignore[call-overload]
+        memory.untyped_storage(), memory.storage_offset(), seen.shape, seen.stride()
+    )
+    return own
 
 
 def block_table(rows: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
