@@ -109,7 +109,7 @@ class PageStore:
 
 
 def _head_major(memory: Tensor) -> Tensor:
-    """[pages, Hk, size, ...] as [pages, size, Hk, ...]: a tensor of its own, for compilers treat a view with more care."""
+    """[pages, Hk, size, ...] as [pages, size, Hk, ...]: a tensor of its own; compilers take more care with views."""
     seen = memory.transpose(1, 2)
     own: Tensor = memory.new_empty(0).set_(  # type: ignore[call-overload]
         memory.untyped_storage(), memory.storage_offset(), seen.shape, seen.stride()
