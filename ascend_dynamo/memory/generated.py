@@ -66,10 +66,15 @@ def read_program(source: str, gm: fx.GraphModule, linemap: Sequence[tuple[int, s
 
 class _Reader:
     def __init__(self, source: str, gm: fx.GraphModule, linemap: Sequence[tuple[int, str]]) -> None:
-        calls = [f for f in ast.walk(ast.parse(source)) if isinstance(f, ast.FunctionDef) and f.name == "call"]
+        outer = ast.parse(source).body
+        bodies = [outer, *(c.body for c in outer if isinstance(c, ast.ClassDef))]
+        calls = [f for body in bodies for f in body if isinstance(f, ast.FunctionDef) and f.name == "call"]
         if len(calls) != 1:
             raise UnreadableProgramError(f"it has {len(calls)} functions named call instead of 1")
         self.body = calls[0].body
+        self.text = source.encode().split(b"\n")  # columns count bytes
+        self.sizes: dict[str, Any] = {}  # by spelling: layers repeat the same ones
+        self.kinds: dict[Any, tuple[torch.dtype, str]] = {}
         self.given = symbols_of(gm)
         self.results = Results(gm)
         self.lines = [line for line, _ in linemap]
@@ -140,12 +145,12 @@ class _Reader:
             self.inputs[name] = self.inputs[source]
 
     def _assign_call(self, name: str, call: ast.Call, line: int) -> None:
-        target = ast.unparse(call.func)
+        target = self._spelled(call.func)
         if target.startswith(("empty_strided", "torch.empty_strided")):
             device = target.removeprefix("empty_strided").strip("_") or "cpu"
             made = _Storage(name, len(self.labels), _EMPTY, line, device=device)
             dtype = _dtype(call.args[2] if len(call.args) > 2 else _keyword(call, "dtype"))
-            made.bytes = size_of(call.args[0], call.args[1]) * dtype.itemsize
+            made.bytes = self._elements(call.args[0], call.args[1]) * dtype.itemsize
             self._step(f"{name} = {target}")
             self._bind(name, made)
             return
@@ -165,23 +170,37 @@ class _Reader:
         self._bind(name, _Storage(name, start, _ALIASES.get(target, target), line, call=_full(target)))
 
     def _call(self, call: ast.Call) -> None:
-        target = ast.unparse(call.func)
+        target = self._spelled(call.func)
         if target == "assert_size_stride":
             name = _name(call.args[0])
             if name in self.env:
                 self._learn(self.env[name], call.args[1], call.args[2])
         elif target not in _SILENT and target != "args.clear":
             self._step(target)
-            for name in (n.id for n in ast.walk(call) if isinstance(n, ast.Name) and n.id in self.env):
-                if self.env[name].op == _EMPTY:
-                    self.env[name].op = target  # who writes it first
+            for argument in call.args:
+                if isinstance(argument, ast.Name) and argument.id in self.env and self.env[argument.id].op == _EMPTY:
+                    self.env[argument.id].op = target  # who writes it first
 
     def _learn(self, storage: _Storage, sizes: ast.expr, strides: ast.expr) -> None:
         if storage.bytes is None:
-            values = {s.name: s.hint for s in self.symbols.values() if s.hint is not None}
-            dtype, device = self.results.kind(storage.call, storage.part, sizes, values)
-            storage.bytes = size_of(sizes, strides) * dtype.itemsize
-            storage.device = device
+            key = (storage.call, storage.part, self._spelled(sizes))
+            if key not in self.kinds:
+                values = {s.name: s.hint for s in self.symbols.values() if s.hint is not None}
+                self.kinds[key] = self.results.kind(storage.call, storage.part, sizes, values)
+            dtype, storage.device = self.kinds[key]
+            storage.bytes = self._elements(sizes, strides) * dtype.itemsize
+
+    def _elements(self, sizes: ast.expr, strides: ast.expr) -> Any:
+        key = f"{self._spelled(sizes)} {self._spelled(strides)}"
+        if key not in self.sizes:
+            self.sizes[key] = size_of(sizes, strides)
+        return self.sizes[key]
+
+    def _spelled(self, node: ast.expr) -> str:
+        """The node's own text."""
+        if node.lineno != node.end_lineno:
+            return ast.unparse(node)
+        return self.text[node.lineno - 1][node.col_offset : node.end_col_offset].decode()
 
     def _part(self, whole: _Storage, index: int) -> _Storage:
         if index not in whole.parts:

@@ -104,6 +104,7 @@ class Results:
     def __init__(self, gm: fx.GraphModule) -> None:
         self._by_op: dict[str, list[list[Any]]] = {}
         self._by_shape: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self._largest: dict[str, list[tuple[int, Size, str]]] = {}
         for node in gm.graph.nodes:
             value = node.meta.get("val")
             values = list(value) if isinstance(value, (tuple, list)) else [value]
@@ -132,12 +133,17 @@ class Results:
 
     def others(self, call: str, known: Container[int]) -> Iterator[tuple[int, Size, str]]:
         """(index, bytes, device) of what ``call`` returns beside ``known``: the largest where calls differ."""
-        candidates = self._by_op.get(call, ())
-        for i in range(max(map(len, candidates), default=0)):
-            found = [v[i] for v in candidates if i < len(v) and isinstance(v[i], torch.Tensor)]
-            if i not in known and found:
-                largest = max(found, key=lambda v: math.prod(_hinted(v)) * v.dtype.itemsize)
-                yield i, storage_bytes(largest), largest.device.type
+        if call not in self._largest:
+            candidates = self._by_op.get(call, ())
+            rows = range(max(map(len, candidates), default=0))
+            tensors = [[v[i] for v in candidates if i < len(v) and isinstance(v[i], torch.Tensor)] for i in rows]
+            largest = ((i, max(found, key=_weight)) for i, found in enumerate(tensors) if found)
+            self._largest[call] = [(i, storage_bytes(v), v.device.type) for i, v in largest]
+        return (row for row in self._largest[call] if row[0] not in known)
+
+
+def _weight(value: torch.Tensor) -> int:
+    return math.prod(_hinted(value)) * value.dtype.itemsize
 
 
 def _hinted(value: torch.Tensor) -> tuple[int, ...]:
