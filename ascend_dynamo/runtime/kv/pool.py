@@ -283,7 +283,7 @@ class BlockPool:
         pages = self.pages
         return PoolStatistics(
             total=pages.total,
-            used=pages.used,
+            used=len(self._holders()),
             free=pages.free,
             cached=pages.cached,
             page_size=self.page_size,
@@ -294,10 +294,14 @@ class BlockPool:
             copies=self._copied,
         )
 
+    def _holders(self) -> Counter[int]:
+        """How often each page is held, counted from the tables."""
+        tables = Counter(page for one in self._sequences.values() for page in one.pages if page != ABSENT)
+        return tables + self._loose
+
     def check(self) -> None:
         """KVCacheError if an invariant is broken: states and holders of pages, lengths and tables of sequences."""
-        holders = Counter(page for one in self._sequences.values() for page in one.pages if page != ABSENT)
-        self.pages.check(holders + self._loose)
+        self.pages.check(self._holders())
         for sequence, one in self._sequences.items():
             if len(one.pages) != self._count(one.length) or (one.ids is not None and len(one.ids) != one.length):
                 raise KVCacheError(f"the block pool is corrupt: sequence {sequence} has {len(one.pages)} pages")

@@ -39,7 +39,8 @@ class StoredSequence:
 @dataclass(frozen=True)
 class PoolStatistics:
     """A snapshot. ``stored`` counts tokens per sequence (shared ones once for each), ``waste`` the token slots that
-    each sequence has allocated and not filled, ``orphans`` pages that nobody holds and that are not to be had: 0."""
+    each sequence has allocated and not filled, ``used`` pages in somebody's table, and ``orphans`` pages that nobody
+    holds and that are not to be had: 0."""
 
     total: int
     used: int

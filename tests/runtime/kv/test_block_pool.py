@@ -267,6 +267,14 @@ def test_ten_thousand_requests_leave_every_page_free() -> None:
         pool.check()
 
 
+def test_a_page_that_was_lost_is_counted() -> None:
+    pool = BlockPool(4, 2)
+    sequence, _ = pool.open()
+    pool.append(sequence, 3)
+    pool.pages.take(1)  # behind the pool's back: nobody's table has it
+    assert pool.statistics().used == 2 and pool.statistics().orphans == 1
+
+
 def test_a_prefix_is_shared_once_it_is_committed() -> None:
     pool = BlockPool(10, 4)
     prompt = list(range(11))
