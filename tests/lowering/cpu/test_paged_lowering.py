@@ -132,3 +132,21 @@ def test_one_graph_for_any_number_of_tokens() -> None:
         with torch.no_grad():
             torch.testing.assert_close(run(*pytree.tree_map(torch.clone, args)), step(*args), rtol=1e-5, atol=1e-4)
     assert len(backend.records) == 1
+
+
+def test_pages_that_are_made_alike_do_not_become_one() -> None:
+    """Four equal allocations of one call: Inductor merges equal copies, and must not see any here."""
+
+    def fresh(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pages = [torch.zeros(4, 2, HEADS, DIM) for _ in range(4)]
+        ascend.kv_write(k, v, pages[0], pages[1], slots)
+        ascend.kv_write(v + 1, k + 1, pages[2], pages[3], slots)
+        return tuple(pages)
+
+    _, k, v, *_ = arguments(torch.float32)
+    slots = torch.tensor([5, 0, 3])
+    compiled = torch.compile(fresh, backend=ascend_dynamo.Backend({"target": "cpu"}), fullgraph=True)
+    found = compiled(k, v, slots)
+    assert len({pages.data_ptr() for pages in found}) == 4
+    for pages, expected in zip(found, fresh(k, v, slots), strict=True):
+        assert torch.equal(pages, expected)
