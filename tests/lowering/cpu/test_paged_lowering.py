@@ -134,11 +134,13 @@ def test_one_graph_for_any_number_of_tokens() -> None:
     assert len(backend.records) == 1
 
 
-def test_pages_that_are_made_alike_do_not_become_one() -> None:
+@pytest.mark.parametrize("computed", [False, True])
+def test_pages_that_are_made_alike_do_not_become_one(computed: bool) -> None:
     """Four equal allocations of one call: Inductor merges equal copies, and must not see any here."""
 
     def fresh(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        pages = [torch.zeros(4, 2, HEADS, DIM) for _ in range(4)]
+        start = k[0, 0, 0]
+        pages = [torch.zeros(4, 2, HEADS, DIM) + start if computed else torch.zeros(4, 2, HEADS, DIM) for _ in range(4)]
         ascend.kv_write(k, v, pages[0], pages[1], slots)
         ascend.kv_write(v + 1, k + 1, pages[2], pages[3], slots)
         return tuple(pages)
