@@ -96,7 +96,10 @@ def _kv_write_f64(
 def mla_kv_write_functional(
     ckv: Tensor, k_rope: Tensor, ckv_cache: Tensor, rope_cache: Tensor, slot_mapping: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The caches after ``mla_kv_write`` of the same arguments, which stay as they are: two contiguous copies."""
+    """The caches [blocks, block_size, R] and [blocks, block_size, P] after ``mla_kv_write`` of the same arguments.
+
+    Those stay as they are: the results are contiguous copies.
+    """
     write = _WRITES["mla_kv_write"].reference
     a, b = _written(write, (ckv, k_rope), (ckv_cache, rope_cache), slot_mapping)
     return a, b

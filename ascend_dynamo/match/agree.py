@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ascend_dynamo import _torch_compat as compat
 from ascend_dynamo.dialect import is_dialect_op, spec_of
 from ascend_dynamo.dialect.equal import agree, bitwise
 
@@ -82,6 +83,8 @@ def budget_of(node: fx.Node, lifted: Mapping[fx.Node, Any]) -> Budget:
     if node.target in _DOTS and all(n in lifted for n in node.all_input_nodes):
         # What an operand may be off by, as a kernel of its own operator, goes through the product too.
         granted = [budget_of(a, lifted) if isinstance(a, fx.Node) else PLAIN for a in node.args]
+        # Of an operand that was drawn, not computed, the inputs have no values: it is off by nothing.
+        granted = [PLAIN if compat.is_fake(own.row_scale) else own for own in granted]
         operands: list[Any] = [a.abs() if isinstance(a, torch.Tensor) else a for a in args]
         for i, own in enumerate(granted):
             if own.row_scale is not None:
