@@ -23,6 +23,7 @@ from ascend_dynamo.match import load_registry
 from ascend_dynamo.memory.limit import MemoryLimit
 from ascend_dynamo.memory.record import QUICK, record_memory
 from ascend_dynamo.options import Options
+from ascend_dynamo.passes.manager import collector_paused
 from ascend_dynamo.passes.pipeline import Pipeline
 from ascend_dynamo.regions import mark as mark_regions
 from ascend_dynamo.report.dump import dump_record
@@ -208,8 +209,9 @@ class _Compilation:
             return run
         start = time.perf_counter()
         try:
-            found = lifetimes()
-            self.record.memory = record_memory(unit, found, seconds=1.0 if self.texts else QUICK)
+            with collector_paused():
+                found = lifetimes()
+                self.record.memory = record_memory(unit, found, seconds=1.0 if self.texts else QUICK)
         except Exception as error:
             if limit is not None or self.pipeline.options.strict:
                 raise

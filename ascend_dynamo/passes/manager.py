@@ -45,7 +45,7 @@ def run_passes(passes: Iterable[Pass], unit: GraphUnit, options: Options, record
     """Run ``passes`` in order on ``unit``; notes and seconds go to ``record``."""
     for p in ordered(passes):
         start = time.perf_counter()
-        with _collector_paused():
+        with collector_paused():
             result = p.run(unit, options)
         record.seconds[p.name] = time.perf_counter() - start
         record.notes.extend(result.notes)
@@ -53,7 +53,7 @@ def run_passes(passes: Iterable[Pass], unit: GraphUnit, options: Options, record
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """No cyclic garbage collection inside: one sweep over a process with torch in it takes longer than all passes."""
     if not gc.isenabled():
         yield
