@@ -159,7 +159,8 @@ struct Group {
 };
 
 constexpr int64_t kScores = (kChunkKeys + 16) * kRows;  // floats of a group's scores
-constexpr int64_t kBlockBytes = 16 << 10;  // read for one head after the other where heads lie side by side
+constexpr int64_t kBlockBytes = 32 << 10;  // read for one head after the other where heads lie side by side
+constexpr int64_t kNearKeys = 256;         // pages of so many keys or fewer are read whole, a head after the other
 constexpr int64_t kMaxGroups = 16;         // that meet a chunk together
 
 // One chunk of the keys of `heads` key heads from h0 on. Heads that lie side by side in memory are done a block of keys
@@ -206,16 +207,19 @@ void attend(const Plan& plan, int64_t b, int64_t h0, int64_t heads, int64_t chun
     const S* at[kChunkKeys + Scattered<S>::kMore];
     rows_of(p, t, b, h0, j0, keys, at);
     std::fill_n(at + keys, Scattered<S>::kMore, at[keys - 1]);
-    const int64_t bytes = ((heads - 1) * t.stride[1] + d) * sizeof(S);
-    const int64_t step = heads > 1 ? std::clamp<int64_t>(kBlockBytes / bytes / 2 * 2, 2, kChunkKeys) : keys;
+    const int64_t bytes = d * sizeof(S), row = heads * bytes;
+    const int64_t step = heads > 1 ? std::clamp<int64_t>(kBlockBytes / row / 2 * 2, 2, kChunkKeys) : keys;
+    const bool by_token = t.stride[1] < t.stride[2];
     const int64_t parts = seen.size();
     for (int64_t j = 0; j < keys; j += step) {
       const int64_t count = std::min(step, keys - j), next = j + count, ahead = std::min(step, keys - next);
       for (int64_t i = 0; i < parts; ++i) {
         if (heads > 1)
-          for (int64_t r = next + ahead * i / parts; r < next + ahead * (i + 1) / parts; ++r)
-            for (int64_t k = 0; k < bytes; k += 64)
-              _mm_prefetch(reinterpret_cast<const char*>(at[r]) + k, _MM_HINT_T1);
+          for (int64_t r = ahead * heads * i / parts; r < ahead * heads * (i + 1) / parts; ++r) {
+            const int64_t key = next + (by_token ? r / heads : r % ahead), head = by_token ? r % heads : r / ahead;
+            const char* from = reinterpret_cast<const char*>(at[key] + head * t.stride[1]);
+            for (int64_t k = 0; k < bytes; k += 64) _mm_prefetch(from + k, _MM_HINT_T1);
+          }
         const int64_t offset = (seen[i].head - h0) * t.stride[1];
         body(seen[i], Scattered<S>{at + j, offset, heads > 1 ? 2 : 8}, j, count);
       }
@@ -246,7 +250,9 @@ void attend(const Plan& plan, int64_t b, int64_t h0, int64_t heads, int64_t chun
 // depends on it.
 int64_t heads_together(const std::vector<Plan>& plans) {
   const Attention& p = *plans.front().p;
-  const auto near = [](const Stored& t) { return t.stride[1] < t.stride[2]; };
+  const auto near = [&](const Stored& t) {
+    return t.stride[1] < t.stride[2] || (p.table && t.stride[1] <= kNearKeys * t.stride[2]);
+  };
   if (!near(p.k) || !near(p.v)) return 1;
   int64_t chunks = 0, groups = 1;
   for (const Plan& plan : plans) {
