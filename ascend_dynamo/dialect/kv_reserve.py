@@ -61,8 +61,11 @@ def kv_reserve(pool: Tensor, block_table: Tensor, kv_len: Tensor, tokens: int) -
             f"{longest} tokens do not fit a block table of {width} pages of {size}; make the cache with max_length="
             f"{longest} or more"
         )
-    for row, (first, entries) in enumerate(source.reserve(before, tokens)):
-        block_table[row, first : first + len(entries)] = torch.tensor(entries, dtype=block_table.dtype)
+    rows = enumerate(source.reserve(before, tokens))
+    changes = [(row, first + i, page) for row, (first, entries) in rows for i, page in enumerate(entries)]
+    if changes:  # one write for all rows: one for each would be most of what a step pays here
+        where = torch.tensor(changes, device=block_table.device)
+        block_table[where[:, 0], where[:, 1]] = where[:, 2].to(block_table.dtype)
     position = (kv_len.unsqueeze(1) + torch.arange(tokens)).to(block_table.device, torch.int64)
     page = block_table.gather(1, position // size).to(torch.int64)
     kv_len += tokens

@@ -77,7 +77,7 @@ class PageGroup:
                 group._close()
             raise
         self.copy_pages(copies)
-        return [(c, self.pool.table(s)[c:]) for c, s in zip(changed, self.sequences, strict=True)]
+        return [(c, self.pool.table(s, c)) for c, s in zip(changed, self.sequences, strict=True)]
 
     def _rows(self, before: Sequence[int]) -> list[tuple[int, int]]:
         return list(zip(self.sequences, before, strict=True))

@@ -256,9 +256,9 @@ class BlockPool:
         """Tokens of a sequence, those included that were never stored or given back behind the window."""
         return self._get(sequence).length
 
-    def table(self, sequence: int) -> tuple[int, ...]:
-        """The pages of a sequence in order; -1 where there is none."""
-        return tuple(self._get(sequence).pages)
+    def table(self, sequence: int, first: int = 0) -> tuple[int, ...]:
+        """The pages of a sequence in order, from column ``first`` on; -1 where there is none."""
+        return tuple(self._get(sequence).pages[first:])
 
     def given_back(self, sequence: int) -> int:
         """How many leading pages of a sequence were given back behind the window."""
